@@ -1,0 +1,220 @@
+"""The whole diffusion of CASCADE: how tokens are masked, and what the loss weighs.
+
+A sequence is cut into blocks of S tokens. Blocks are predicted left to right; inside a block
+some tokens are replaced by [MASK] and the network predicts them from the rest of the block and
+all blocks before it. For one block, with a uniform count k and a uniform set M of k masked places:
+
+    -log p(x^b | x^{<b})  <=  E_{k ~ U{1..S}} E_{|M| = k} [ S/k * sum_{i in M} -log p(x_i | ...) ]
+
+Divided by S, per token: the mean cross-entropy over the masked places, averaged uniformly over k.
+With every token masked independently at rate m ~ U(0, 1] and the weight 1/m it is the same
+number: both average over the same orders of revealing the block (the tests enumerate both).
+
+Why `balanced` noise is the default (weights are per masked token, for the per-token loss):
+
+    law        draws                                            weight     masked tokens in a batch
+    balanced   every k in 1..S equally often, exactly k masked  1 / k      constant
+    uniform    m ~ U[m_min, 1], each token masked at rate m     1 / (m S)  random, blocks may be empty
+    clipped    m ~ U[low, high], else as uniform                1 / (m S)  the same; not a bound
+
+Everything here is a pure function of its arguments and of an explicit CPU generator, so that
+noise can depend on (seed, step) alone and never on the device or the number of processes.
+"""
+
+from math import gcd
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+NOISE_LAWS = ("balanced", "uniform", "clipped")
+WEIGHTINGS = ("elbo", "cascade")
+
+
+class Noisy(NamedTuple):
+    """What corruption returns; `B` sequences of `N` tokens in `nb` blocks (`T` target blocks each).
+
+    xt      (B, N) int64    tokens, `mask_id` where masked
+    mask    (B, N) bool     positions that carry loss: masked, and in a target block
+    weight  (B, N) float32  weight of each position's cross-entropy, 0 where mask is False;
+                            sum(weight * nll) / number of target blocks is the loss in nats/token
+    m       (B, T) float64  mask rate of each target block (k / S under `balanced`)
+    block   (B, T) int64    index of each target block
+    """
+
+    xt: torch.Tensor
+    mask: torch.Tensor
+    weight: torch.Tensor
+    m: torch.Tensor
+    block: torch.Tensor
+
+
+def check_blocks(seq_len, block_size):
+    """Number of blocks nb = N / S. Raises ValueError unless S divides N."""
+    if block_size < 1 or seq_len < 1 or seq_len % block_size:
+        raise ValueError(
+            f"a sequence of {seq_len} tokens cannot be cut into blocks of {block_size}: "
+            "seq_len must be a positive multiple of block_size"
+        )
+    return seq_len // block_size
+
+
+def check_rates(low, high):
+    """Raises ValueError unless 0 < low <= high <= 1: a rate of 0 would leave a block no loss."""
+    if not 0.0 < low <= high <= 1.0:
+        raise ValueError(f"mask rates must satisfy 0 < low <= high <= 1, not [{low}, {high}]")
+
+
+def strata(groups, n, generator):
+    """(groups, n) float64 in [0, 1): per group one uniform draw from each of n equal strata.
+
+    The strata are permuted. Left in order they would tie a block's noise level to its place in
+    the sequence, as BD3-LM's low-discrepancy draw does; permuted, each entry alone is U[0, 1).
+    """
+    order = torch.rand(groups, n, generator=generator, dtype=torch.float64).argsort(dim=1)
+    jitter = torch.rand(groups, n, generator=generator, dtype=torch.float64)
+    return (order + jitter) / n
+
+
+def balanced_counts(batch, nb, block_size, generator):
+    """(batch, nb) int64 counts k of masked tokens, marginally uniform on 1..S.
+
+    Strata span the smallest group of sequences whose blocks are a multiple of S, so within each
+    whole group every k occurs equally often, and the group's masked tokens are a constant
+    nb * group * (S + 1) / 2. Sequences left over are stratified among themselves.
+    """
+    group = block_size // gcd(block_size, nb)
+    whole, rest = divmod(batch, group)
+    u = strata(whole, group * nb, generator).reshape(whole * group, nb)
+    if rest:
+        u = torch.cat([u, strata(1, rest * nb, generator).reshape(rest, nb)])
+    # the clamp guards the one rounding that could lift (n - 1 + jitter) / n to 1
+    return (u * block_size).long().clamp_(max=block_size - 1) + 1
+
+
+def choose_k_of_S(k, block_size, generator):
+    """(..., S) bool with exactly k[...] True, each such set equally likely."""
+    score = torch.rand(*k.shape, block_size, generator=generator)
+    return score.argsort(dim=-1).argsort(dim=-1) < k.unsqueeze(-1)
+
+
+def bernoulli_nonempty(m, block_size, generator):
+    """(..., S) bool: each True at rate m[...], given that at least one is.
+
+    Exact, without redraws: the first True place i has the truncated geometric law
+    P(i) = m (1-m)^i / (1 - (1-m)^S), drawn by its inverse; after it the places are independent.
+    """
+    m = m.unsqueeze(-1)
+    u = torch.rand(m.shape, generator=generator, dtype=torch.float64)
+    some = -torch.expm1(block_size * torch.log1p(-m))  # 1 - (1-m)^S without cancellation
+    first = (torch.log1p(-u * some) / torch.log1p(-m)).long().clamp_(0, block_size - 1)
+    place = torch.arange(block_size)
+    free = torch.rand(*m.shape[:-1], block_size, generator=generator, dtype=torch.float64) < m
+    return (place == first) | ((place > first) & free)
+
+
+def _block_weights(mask, m, law, weighting):
+    """(..., S) float32 weights from the masked places (..., S) and rates (...) of blocks."""
+    k = mask.sum(dim=-1).clamp(min=1)  # an empty Bernoulli block has no place to put a weight
+    if weighting == "cascade":
+        scale = 1.0 / (m * k)
+    else:
+        scale = 1.0 / k if law == "balanced" else 1.0 / (m * mask.shape[-1])
+    return (mask * scale.unsqueeze(-1)).float()
+
+
+def _check(x0, block_size, law, weighting, m_min, clip):
+    """Guards both corruptions share; returns (nb, low, high)."""
+    if law not in NOISE_LAWS:
+        raise ValueError(f"unknown noise law {law!r}: one of {', '.join(NOISE_LAWS)}")
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"unknown weighting {weighting!r}: one of {', '.join(WEIGHTINGS)}")
+    low, high = clip if law == "clipped" else (m_min, 1.0)
+    check_rates(low, high)
+    return check_blocks(x0.shape[1], block_size), low, high
+
+
+def corrupt_all_blocks(
+    x0, block_size, mask_id, generator, law="balanced", m_min=1e-3, clip=(0.3, 0.8),
+    weighting="elbo",
+):
+    """Mask every block of every sequence: the noisy stream of two-stream training.
+
+    x0: (B, N) int64 clean tokens on the CPU. Returns `Noisy` with T = nb target blocks.
+    m is one value per block and example. Under `uniform` and `clipped` a block may stay unmasked
+    and then rightly adds nothing to the loss: masking one by force would bias the bound.
+    Raises ValueError for an unknown law or weighting, rates outside (0, 1] or N % S != 0.
+    """
+    nb, low, high = _check(x0, block_size, law, weighting, m_min, clip)
+    B = x0.shape[0]
+    if law == "balanced":
+        k = balanced_counts(B, nb, block_size, generator)
+        m = k.double() / block_size
+        mask = choose_k_of_S(k, block_size, generator)
+    else:
+        m = low + (high - low) * strata(1, B * nb, generator).reshape(B, nb)
+        draw = torch.rand(B, nb, block_size, generator=generator, dtype=torch.float64)
+        mask = draw < m.unsqueeze(-1)
+    weight = _block_weights(mask, m, law, weighting).reshape(x0.shape)
+    mask = mask.reshape(x0.shape)
+    block = torch.arange(nb).expand(B, nb)
+    return Noisy(x0.masked_fill(mask, mask_id), mask, weight, m, block)
+
+
+def corrupt_target_block(
+    x0, block_size, mask_id, generator, law="uniform", m_min=1e-3, clip=(0.3, 0.8),
+    weighting="cascade", block=None,
+):
+    """CASCADE's Phase 1 corruption: one target block per example, everything after it hidden.
+
+    For each example: a target block b (uniform, or given as `block`, (B,) int64) and a rate m;
+    the tokens of block b are masked at rate m, at least one; all tokens of blocks > b are masked;
+    blocks < b stay clean. The loss mask holds the masked positions of block b alone.
+    x0: (B, N) int64 on the CPU. Returns `Noisy` with T = 1.
+
+    "At least one" is drawn as the law of the mask given that it is not empty. That event has
+    probability 1 - (1-m)^S, so the bound's weight is (1 - (1-m)^S) / (m S): forcing a token and
+    keeping 1 / (m S) would bias it.
+
+    weighting="cascade" is (1/m) * mean over the masked, the 1/m outside the mean. It is NOT the
+    bound: the mean already divides by about m S, so easy, nearly clean blocks count 1/m times
+    too much, and its expectation grows like log(1 / m_min). weighting="elbo" is the bound.
+    """
+    nb, low, high = _check(x0, block_size, law, weighting, m_min, clip)
+    B = x0.shape[0]
+    if block is None:
+        block = torch.randint(nb, (B,), generator=generator)
+    elif block.shape != (B,) or bool(((block < 0) | (block >= nb)).any()):
+        raise ValueError(f"block must hold {B} indices in 0..{nb - 1}")
+    if law == "balanced":
+        k = balanced_counts(B, 1, block_size, generator)[:, 0]
+        m = k.double() / block_size
+        inside = choose_k_of_S(k, block_size, generator)
+    else:
+        m = low + (high - low) * strata(1, B, generator)[0]
+        inside = bernoulli_nonempty(m, block_size, generator)
+    scale = _block_weights(inside, m, law, weighting)
+    if law != "balanced" and weighting == "elbo":
+        scale *= -torch.expm1(block_size * torch.log1p(-m)).float().unsqueeze(-1)
+
+    column = torch.arange(nb)
+    is_target = (column == block[:, None]).unsqueeze(-1)  # (B, nb, 1)
+    mask = (is_target & inside[:, None, :]).reshape(x0.shape)
+    weight = (is_target * scale[:, None, :]).reshape(x0.shape)
+    later = (column > block[:, None]).repeat_interleave(block_size, dim=1)
+    if not bool(mask.any(dim=1).all()):
+        raise AssertionError("an example has an empty loss mask")
+    return Noisy(x0.masked_fill(mask | later, mask_id), mask, weight, m[:, None], block[:, None])
+
+
+def masked_diffusion_loss(logits, targets, weight, num_blocks):
+    """Loss in nats per token: sum_i weight_i * -log softmax(logits_i)[targets_i] / num_blocks.
+
+    logits (..., V), targets (...) int64, weight (...): all positions, or only the gathered masked
+    ones, which is the same number. `num_blocks` counts the target blocks of the whole global
+    batch, so that splitting a batch over processes or accumulation steps changes nothing.
+    """
+    nll = F.cross_entropy(
+        logits.flatten(0, -2).float(), targets.flatten(), reduction="none"
+    )
+    return (nll * weight.flatten()).sum() / num_blocks
