@@ -1,0 +1,485 @@
+"""CASCADE: a Llama-shaped transformer that writes blocks left to right, tokens inside in parallel.
+
+Glossary, one meaning per word:
+
+    B               batch: sequences in a tensor
+    N, seq_len      tokens in a sequence (nanoGPT's block_size; here that word never means this)
+    S, block_size   tokens in a diffusion block, as in the block-diffusion literature
+    nb              blocks in a sequence, N // S
+    C, H, Hkv, D    width, query heads, key/value heads, head dimension C // H
+    V               vocabulary of real tokens
+    mask_id         V: an input embedding only; the head has V rows, so [MASK] is never sampled
+    x0, xt          clean tokens, noisy tokens, int64 (B, N)
+
+Who sees whom, for three blocks of the clean and of the noisy stream (# = visible):
+
+    keys          clean  noisy
+    queries       0 1 2  0 1 2
+    clean 0       # . .  . . .      clean block c sees clean blocks <= c
+    clean 1       # # .  . . .
+    clean 2       # # #  . . .
+    noisy 0       . . .  # . .      noisy block b sees clean blocks < b and itself
+    noisy 1       # . .  . # .
+    noisy 2       # # .  . . #
+
+So one pass over both streams gives, for every block at once, the logits that a pass over
+[clean blocks before b, noisy block b] would give: N (N + S) visible entries of (2N)^2.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from corrupt import check_blocks
+
+HIDDEN = -1e9  # added to a score it hides the key; finite, so a row of padding cannot become NaN
+
+
+@dataclass
+class CascadeConfig:
+    """The shape of a model. Raises ValueError, one line, for a shape that cannot work."""
+
+    vocab_size: int = 65
+    seq_len: int = 256
+    block_size: int = 16
+    n_layer: int = 6
+    n_head: int = 6
+    n_kv_head: int = 0  # 0: as many as n_head
+    n_embd: int = 384
+    n_hidden: int = 0  # width of the MLP; 0: 8/3 n_embd, up to a multiple of 32
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qk_norm: bool = True
+    objective: str = "diffusion"  # or "ar": the same network as a next-token GPT
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.n_hidden = self.n_hidden or 32 * math.ceil(self.n_embd * 8 / 3 / 32)
+        for name in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_blocks(self.seq_len, self.block_size)
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.head_dim % 2:
+            raise ValueError(
+                f"rotary embedding needs an even head dimension, not n_embd / n_head = {self.head_dim}"
+            )
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
+        if self.objective not in ("diffusion", "ar"):
+            raise ValueError(f"objective must be diffusion or ar, not {self.objective!r}")
+        if self.objective == "ar" and self.block_size != 1:
+            raise ValueError("objective ar writes one token at a time: set block_size to 1")
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def mask_id(self):
+        return self.vocab_size
+
+
+# ---- masks and attention ---------------------------------------------------------------------
+
+
+@lru_cache(maxsize=32)
+def build_block_causal_mask(seq_len, block_size, device="cpu"):
+    """(N, N) bool, True where visible: query i sees key j when j // S <= i // S."""
+    check_blocks(seq_len, block_size)
+    block = torch.arange(seq_len, device=device) // block_size
+    return block[:, None] >= block[None, :]
+
+
+@lru_cache(maxsize=32)
+def build_two_stream_mask(seq_len, block_size, device="cpu"):
+    """(2N, 2N) bool, True where visible: the picture above. Used on small chunks and in tests."""
+    clean = build_block_causal_mask(seq_len, block_size, device)
+    same = clean & clean.T
+    top = torch.cat([clean, torch.zeros_like(clean)], dim=1)
+    bottom = torch.cat([clean & ~same, same], dim=1)
+    return torch.cat([top, bottom])
+
+
+def _sdpa(q, k, v, mask=None, causal=False):
+    """softmax(q k^T / sqrt(D) + mask) v on (B, H, N, D); grouped key/value heads are shared."""
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+    )
+
+
+def block_causal_attention(q, k, v, block_size):
+    """One stream, dense: q (B, H, N, D), k and v (B, Hkv, N, D) -> (B, H, N, D)."""
+    N = q.shape[2]
+    if block_size == 1:
+        return _sdpa(q, k, v, causal=True)
+    if block_size == N:
+        return _sdpa(q, k, v)
+    return _sdpa(q, k, v, build_block_causal_mask(N, block_size, q.device))
+
+
+@lru_cache(maxsize=128)
+def _chunk_bias(before, length, block_size, noisy_only, device, dtype):
+    """(queries, before + 2 length) additive mask of one chunk; `before` keys are seen by all."""
+    mask = build_two_stream_mask(length, block_size, device)
+    mask = mask[length:] if noisy_only else mask
+    bias = torch.zeros(mask.shape, device=device, dtype=dtype).masked_fill_(~mask, -math.inf)
+    return F.pad(bias, (before, 0))
+
+
+def chunked_two_stream_attention(q, k, v, block_size, chunk=64):
+    """Two streams, exact, on any device: work and memory follow the visible entries.
+
+    The queries of a chunk of blocks, clean and noisy together, meet the clean keys up to the
+    chunk's end and the chunk's own noisy keys, so no (2N, 2N) mask or score matrix exists.
+    q (1 or 2, B, H, N, D): [clean, noisy], or [noisy] alone; k, v (2, B, Hkv, N, D).
+    Returns the shape of q. About `chunk` tokens make a chunk, always whole blocks.
+    """
+    N = q.shape[3]
+    step = block_size * max(1, chunk // block_size)
+    out = []
+    for a in range(0, N, step):
+        e = min(a + step, N)
+        queries = torch.cat([stream[:, :, a:e] for stream in q], dim=2)
+        keys = torch.cat([k[0, :, :, :e], k[1, :, :, a:e]], dim=2)
+        values = torch.cat([v[0, :, :, :e], v[1, :, :, a:e]], dim=2)
+        bias = _chunk_bias(a, e - a, block_size, len(q) == 1, q.device, q.dtype)
+        y = _sdpa(queries, keys, values, bias)  # (B, H, len(q) * (e - a), D)
+        out.append(torch.stack(y.chunk(len(q), dim=2)))
+    return torch.cat(out, dim=3)
+
+
+@lru_cache(maxsize=32)
+def flex_block_mask(seq_len, block_size, noisy_only, device):
+    """FlexAttention's block mask of the two streams laid end to end; built once per shape."""
+
+    def visible(b, h, i, j):
+        i = i + seq_len if noisy_only else i
+        qb, kb = i % seq_len // block_size, j % seq_len // block_size
+        clean_key = j < seq_len
+        clean_query = clean_key & (kb <= qb)
+        noisy_query = (clean_key & (kb < qb)) | (~clean_key & (kb == qb))
+        return torch.where(i < seq_len, clean_query, noisy_query)
+
+    queries = seq_len if noisy_only else 2 * seq_len
+    return create_block_mask(visible, None, None, queries, 2 * seq_len, device=device)
+
+
+def flex_two_stream_attention(q, k, v, block_mask):
+    """As chunked_two_stream_attention, by FlexAttention: fast once compiled, on CUDA.
+
+    Uncompiled it materialises the scores, and on a CPU it has no backward: tests use it so.
+    """
+
+    def join(x):  # (streams, B, H, N, D) -> (B, H, streams * N, D)
+        return x.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    gqa = q.shape[2] != k.shape[2]
+    y = flex_attention(join(q), join(k), join(v), block_mask=block_mask, enable_gqa=gqa)
+    return y.unflatten(2, (len(q), -1)).permute(2, 0, 1, 3, 4)
+
+
+class BlockCache:
+    """Already-rotated keys and the values of finished blocks, preallocated for one generation.
+
+    Memory: 2 * n_layer * n_kv_head * head_dim * bytes per element, for each token of each row.
+    Row r's tokens fill slots start[r] .. length - 1: rows of different length end at one slot, so
+    a step is one slice and never a copy. Boundaries stay at multiples of S of the true position.
+
+    A pass writes its keys behind `length`; only `commit` moves `length`, and it is given clean
+    tokens alone, so keys of a noisy block are overwritten by the next pass and never stay.
+    """
+
+    def __init__(self, config, batch, capacity, start=None, device="cpu", dtype=torch.float32):
+        shape = (config.n_layer, batch, config.n_kv_head, capacity, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.start = torch.zeros(batch, dtype=torch.long, device=device) if start is None else start
+        self.length = 0
+        self.hidden = None  # (B, 1, 1, capacity) additive mask of the slots before a row's start
+        if bool((self.start > 0).any()):
+            before = torch.arange(capacity, device=device) < self.start[:, None]
+            self.hidden = before[:, None, None, :] * torch.tensor(HIDDEN, dtype=dtype)
+
+    @property
+    def capacity(self):
+        return self.k.shape[3]
+
+    def positions(self, count):
+        """(B, count) true positions of the next `count` slots; 0 in the padding before a row."""
+        slots = torch.arange(self.length, self.length + count, device=self.start.device)
+        return (slots - self.start[:, None]).clamp_(min=0)
+
+    def attend(self, layer, q, k, v, commit, block_size):
+        """Attention of `commit` finished tokens and, behind them, one noisy block.
+
+        q (B, H, Q, D), k and v (B, Hkv, Q, D), for the Q slots behind `length`.
+        """
+        a, b, e = self.length, self.length + commit, self.length + q.shape[2]
+        self.k[layer, :, :, a:e], self.v[layer, :, :, a:e] = k, v
+        keys, values = self.k[layer], self.v[layer]
+        out = []
+        if b > a:
+            mask = None if self.hidden is None else self.hidden[..., :b]
+            if commit > block_size:  # a prompt of several blocks: they also hide from each other
+                rows = build_block_causal_mask(b, block_size, q.device)[a:]
+                rows = torch.zeros(rows.shape, dtype=q.dtype, device=q.device).masked_fill_(
+                    ~rows, HIDDEN
+                )
+                mask = rows if mask is None else rows + mask
+            out.append(_sdpa(q[:, :, :commit], keys[:, :, :b], values[:, :, :b], mask))
+        if e > b:  # the noisy block sees every finished block and itself: nothing to mask
+            mask = None if self.hidden is None else self.hidden[..., :e]
+            out.append(_sdpa(q[:, :, commit:], keys[:, :, :e], values[:, :, :e], mask))
+        return out[0] if len(out) == 1 else torch.cat(out, dim=2)
+
+
+# ---- the network -----------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotary_tables(config):
+    """cos and sin, (seq_len, 1, D / 2), of position * base^(-2 d / D) for pair (d, d + D / 2)."""
+    d = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    angle = torch.arange(config.seq_len, dtype=torch.float64)[:, None] * config.rope_base**-d
+    return angle.cos().float()[:, None], angle.sin().float()[:, None]
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding, half-split layout: turn each pair (x_d, x_{d + D/2}) by its angle.
+
+    x (..., N, H, D); cos, sin (..., N, 1, D / 2) in float32, so that angles keep their precision.
+    """
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
+
+
+class BlockCausalAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, D = config.n_embd, config.head_dim
+        self.D, self.S = D, config.block_size
+        self.q = nn.Linear(C, config.n_head * D, bias=False)
+        self.k = nn.Linear(C, config.n_kv_head * D, bias=False)
+        self.v = nn.Linear(C, config.n_kv_head * D, bias=False)
+        self.o = nn.Linear(config.n_head * D, C, bias=False)
+        self.q_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def heads(self, projection, norm, h, rope):
+        """Project (..., N, C), split heads, norm, rotate -> (..., heads, N, D)."""
+        x = projection(h).unflatten(-1, (-1, self.D))  # (..., N, heads, D)
+        return (rotate(norm(x), *rope) if rope else x).transpose(-3, -2)
+
+    def forward(self, h, rope, attend, noisy_only=False):
+        """h (..., N, C) -> (..., N, heads * D), the input of the output projection `o`.
+
+        `attend(q, k, v)` is one of the attentions above. With `noisy_only`, h holds both streams
+        and only the noisy one asks: the last layer's clean stream gives keys and values alone.
+        """
+        q = self.heads(self.q, self.q_norm, h[1:] if noisy_only else h, rope)
+        k = self.heads(self.k, self.k_norm, h, rope)
+        v = self.heads(self.v, None, h, None)
+        return attend(q, k, v).transpose(-3, -2).flatten(-2)
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))"""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.up = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class CascadeBlock(nn.Module):
+    """One layer (a transformer block; diffusion blocks are runs of S tokens)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = BlockCausalAttention(config)
+        self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x, rope, attend, index=None):
+        """x (..., N, C) -> the same shape; with `index` (last layer of two streams) -> (M, C).
+
+        `index` holds the flat positions of the noisy stream that carry loss: after the attention
+        nothing else is needed, so the output projection and the MLP run on those rows alone.
+        """
+        y = self.attn(self.attn_norm(x), rope, attend, noisy_only=index is not None)
+        if index is not None:
+            x, y = x[1].flatten(0, 1)[index], y.flatten(0, 2)[index]
+        x = x + self.attn.o(y)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class CascadeLM(nn.Module):
+    """The language model. `forward(tokens)` gives logits (B, N, V) at every position.
+
+    Diffusion: logits at position i are of token i. objective "ar": of token i + 1.
+    """
+
+    def __init__(self, config, attention="chunk"):
+        super().__init__()
+        if attention not in ("chunk", "flex"):
+            raise ValueError(f"attention must be chunk or flex, not {attention!r}")
+        self.config = config
+        self.attention = attention
+        self.embed = nn.Embedding(config.vocab_size + 1, config.n_embd)  # the last row is [MASK]
+        self.blocks = nn.ModuleList(CascadeBlock(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        cos, sin = rotary_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """What gets what. Draws come from torch's default generator: seed it for repeatability.
+
+        embed                  N(0, 0.02^2), every row, [MASK] too
+        q, k, v, gate, up      U(-a, a) with a = sqrt(3 / fan_in) / 2: half of unit gain
+        o, down                0: every layer starts as the identity
+        head                   0 (untied): the first loss is log V whatever the width
+        norms                  1
+        """
+        for name, p in self.named_parameters():
+            leaf = name.split(".")[-2]
+            if leaf == "embed":
+                nn.init.normal_(p, std=0.02)
+            elif leaf in ("q", "k", "v", "gate", "up"):
+                a = 0.5 * math.sqrt(3 / p.shape[1])
+                nn.init.uniform_(p, -a, a)
+            elif leaf in ("o", "down", "head"):
+                nn.init.zeros_(p)
+            elif leaf.endswith("norm"):
+                nn.init.ones_(p)
+            else:
+                raise AssertionError(f"no initialisation for {name}")
+
+    def logits(self, h):
+        """Final norm and head: (..., C) -> (..., V) float32, whatever the autocast."""
+        weight = self.embed.weight[:-1] if self.config.tie_embeddings else self.head.weight
+        return F.linear(self.norm(h), weight).float()
+
+    def check_tokens(self, tokens):
+        """Raises ValueError unless tokens (B, n) fit the context and are whole blocks."""
+        n = tokens.shape[1]
+        check_blocks(n, self.config.block_size)
+        if n > self.config.seq_len:
+            raise ValueError(f"{n} tokens exceed the model's context of {self.config.seq_len}")
+
+    def forward(self, tokens):
+        """tokens (B, N) int64 in 0..V (V is [MASK]) -> logits (B, N, V), block-causal."""
+        self.check_tokens(tokens)
+        N, S = tokens.shape[1], self.config.block_size
+        rope = self.cos[:N], self.sin[:N]
+        h = self.embed(tokens)
+        for block in self.blocks:
+            h = block(h, rope, lambda q, k, v: block_causal_attention(q, k, v, S))
+        return self.logits(h)
+
+    def masked_logits(self, x0, xt, index):
+        """Two-stream pass: logits (M, V) of the noisy stream at flat positions `index` (M,).
+
+        x0, xt (B, N) int64. Equal to a pass over [clean blocks before b, noisy block b] for each
+        block b, for all blocks at once.
+        """
+        self.check_tokens(x0)
+        N = x0.shape[1]
+        rope = self.cos[:N], self.sin[:N]
+        h = self.embed(torch.stack([x0, xt]))  # (2, B, N, C)
+        for block in self.blocks[:-1]:
+            h = block(h, rope, self.two_stream_attend(N, noisy_only=False))
+        return self.logits(self.blocks[-1](h, rope, self.two_stream_attend(N, True), index))
+
+    def two_stream_attend(self, N, noisy_only):
+        """The attention of one two-stream layer, `attend(q, k, v)`, by the path in use."""
+        S = self.config.block_size
+        if self.attention == "chunk":
+            return lambda q, k, v: chunked_two_stream_attention(q, k, v, S)
+        mask = flex_block_mask(N, S, noisy_only, str(self.cos.device))
+        return lambda q, k, v: flex_two_stream_attention(q, k, v, mask)
+
+    def ar_logits(self, x0):
+        """objective "ar": logits (B, N, V) of x0 itself, all N tokens of a window.
+
+        The input is x0 shifted right behind one [MASK], which serves as the beginning of text, so
+        the baseline is scored on exactly the tokens that the diffusion model is scored on.
+        """
+        first = torch.full_like(x0[:, :1], self.config.mask_id)
+        return self(torch.cat([first, x0[:, :-1]], dim=1))
+
+    @torch.no_grad()
+    def decode(self, tokens, cache, commit):
+        """One cached forward pass: logits (B, S, V) of the last block of `tokens`.
+
+        tokens (B, Q): `commit` tokens of finished blocks, whose keys and values stay in the
+        cache, then (diffusion) one noisy block, whose do not. objective "ar": all are finished.
+        """
+        c = self.config
+        Q = tokens.shape[1]
+        if commit % c.block_size or Q - commit not in (0, c.block_size):
+            raise ValueError(f"cannot commit {commit} of {Q} tokens in blocks of {c.block_size}")
+        if cache.length + Q > cache.capacity:
+            raise ValueError(f"the cache holds {cache.capacity} tokens, not {cache.length + Q}")
+        if c.objective == "diffusion" and bool((tokens[:, :commit] == c.mask_id).any()):
+            raise ValueError("a block with masked tokens is not finished: it cannot be cached")
+        positions = cache.positions(Q)
+        rope = self.cos[positions], self.sin[positions]  # (B, Q, 1, D / 2)
+        h = self.embed(tokens)
+        for layer, block in enumerate(self.blocks):
+            h = block(
+                h, rope, lambda q, k, v, i=layer: cache.attend(i, q, k, v, commit, c.block_size)
+            )
+        cache.length += commit
+        return self.logits(h[:, -c.block_size :])
+
+    def count_parameters(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def train_flops(self, batch, masked):
+        """Matrix FLOPs of one training step (forward and backward) on `batch` sequences.
+
+        A product with P weights costs 2 P per token forward and 4 P backward: 6 P. Attention over
+        E visible entries costs 2 * 2 E D per head forward, three times that in all: 12 E H D.
+        Two streams: both, but for the last layer, where the clean one computes keys and values
+        alone and the `masked` tokens alone pass through o, the MLP and the head.
+        """
+        c = self.config
+        N, C = c.seq_len, c.n_embd
+        kv = 2 * C * c.n_kv_head * c.head_dim
+        q, tail = C * C, C * C + 3 * C * c.n_hidden
+        head, tokens = C * c.vocab_size, batch * N
+        if c.objective == "ar":
+            entries = batch * N * (N + 1) // 2
+            return 6 * tokens * (c.n_layer * (q + kv + tail) + head) + c.n_layer * 12 * entries * C
+        entries = batch * N * (N + c.block_size)  # both streams; the clean half is half of it
+        weights = 2 * tokens * (c.n_layer - 1) * (q + kv + tail)
+        weights += tokens * (q + 2 * kv) + masked * (tail + head)
+        return 6 * weights + 12 * C * entries * (c.n_layer - 1) + 6 * C * entries

@@ -1,0 +1,58 @@
+"""Muon for the weight matrices: momentum, then the nearest semi-orthogonal matrix.
+
+The method is Keller Jordan's (https://kellerjordan.github.io/posts/muon), and the rule and the
+constants are those of `torch.optim.Muon` with adjust_lr_fn="match_rms_adamw", which the tests
+compare it with. It differs where that one is slow: matrices of one shape are iterated together,
+and in float32 where the processor has no bf16 units (torch's always uses bf16, which such a
+processor emulates: see the README's notes for the figure).
+"""
+
+import torch
+
+
+def orthogonalize(g, steps=5, dtype=torch.float32):
+    """(n, r, c) -> the same shape: U V^T of each g = U S V^T, singular values within about 30 %.
+
+    Newton-Schulz: X <- a X + (b A + c A^2) X with A = X X^T, on X = g / |g|, the short side first.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = g.shape[1] > g.shape[2]
+    x = (g.mT if tall else g).to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        A = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Parameters: 2-D matrices. lr is in AdamW's units: an update has RMS about 0.2 lr."""
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95, dtype=torch.float32):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
+                self._step(group, shape, params)
+
+    def _step(self, group, shape, params):
+        """One update of all matrices of one shape (r, c)."""
+        for p in params:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        beta = group["momentum"]
+        grads = [p.grad for p in params]
+        buffers = [self.state[p]["momentum"] for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - beta)
+        nesterov = torch._foreach_lerp(grads, buffers, beta)
+        update = orthogonalize(torch.stack(nesterov), dtype=self.dtype).to(params[0].dtype)
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        scale = group["lr"] * 0.2 * max(shape) ** 0.5
+        torch._foreach_add_(params, list(update.unbind()), alpha=-scale)
