@@ -23,7 +23,7 @@ def fail(message):
 
 
 def public(namespace):
-    """The settings in a namespace: names without a leading underscore, bool/int/float/str values."""
+    """The settings in a namespace: bool, int, float and str values of names without leading _."""
     return {
         key: value
         for key, value in namespace.items()
@@ -79,7 +79,7 @@ def _config_file(name):
 def _run_config(path):
     try:
         return public(runpy.run_path(str(path)))
-    except Exception as e:  # a config is the user's own Python: whatever it raises is theirs to mend
+    except Exception as e:  # a config is the user's Python: whatever it raises is theirs to mend
         raise SettingsError(f"{path}: {type(e).__name__}: {e}") from None
 
 

@@ -14,7 +14,7 @@ Why `balanced` noise is the default (weights are per masked token, for the per-t
 
     law        draws                                            weight     masked tokens in a batch
     balanced   every k in 1..S equally often, exactly k masked  1 / k      constant
-    uniform    m ~ U[m_min, 1], each token masked at rate m     1 / (m S)  random, blocks may be empty
+    uniform    m ~ U[m_min, 1], each token masked at rate m     1 / (m S)  random, some blocks empty
     clipped    m ~ U[low, high], else as uniform                1 / (m S)  the same; not a bound
 
 Everything here is a pure function of its arguments and of an explicit CPU generator, so that

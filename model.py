@@ -69,7 +69,7 @@ class CascadeConfig:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.head_dim % 2:
             raise ValueError(
-                f"rotary embedding needs an even head dimension, not n_embd / n_head = {self.head_dim}"
+                f"rotary embedding needs even head dimension n_embd / n_head, not {self.head_dim}"
             )
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
@@ -224,6 +224,7 @@ class BlockCache:
         """
         a, b, e = self.length, self.length + commit, self.length + q.shape[2]
         self.k[layer, :, :, a:e], self.v[layer, :, :, a:e] = k, v
+        q = q.to(self.k.dtype)
         keys, values = self.k[layer], self.v[layer]
         out = []
         if b > a:
@@ -276,7 +277,7 @@ class BlockCausalAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, D = config.n_embd, config.head_dim
-        self.D, self.S = D, config.block_size
+        self.D = D
         self.q = nn.Linear(C, config.n_head * D, bias=False)
         self.k = nn.Linear(C, config.n_kv_head * D, bias=False)
         self.v = nn.Linear(C, config.n_kv_head * D, bias=False)

@@ -1,0 +1,100 @@
+"""The machine a script runs on: device, dtype, attention path, and the processes of torchrun."""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from configurator import SettingsError
+
+# dense bf16 matrix peaks in FLOP/s from the vendors' data sheets, for MFU
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def cpu_multiplies_bf16():
+    """Whether the processor has matrix or dot-product units for bf16 (else torch emulates it)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def choose_machine(s, local_rank):
+    """Resolve device, dtype, attention and compile to what will run; returns lines that say why."""
+    if s.device == "auto":
+        s.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if s.device == "cuda":
+        if not torch.cuda.is_available():
+            raise SettingsError("--device=cuda, but torch sees no GPU: use --device=cpu")
+        s.device = f"cuda:{local_rank}"
+    on_cuda = s.device.startswith("cuda")
+    if s.dtype == "auto":
+        if on_cuda:
+            has, why = torch.cuda.is_bf16_supported(), "this GPU"
+        else:
+            has, why = s.device == "cpu" and cpu_multiplies_bf16(), "this processor"
+        s.dtype = "bfloat16" if has else "float32"
+        why += " has bf16 units" if has else " has no bf16 units that torch uses"
+    else:
+        why = "as set"
+    if s.dtype not in ("bfloat16", "float32"):
+        raise SettingsError(f"--dtype must be auto, bfloat16 or float32, not {s.dtype!r}")
+    if s.compile not in ("auto", "true", "false"):
+        raise SettingsError(f"--compile must be auto, true or false, not {s.compile!r}")
+    s.compile = on_cuda if s.compile == "auto" else s.compile == "true"
+    if s.attention == "auto":
+        s.attention = "flex" if on_cuda and s.compile else "chunk"
+    if s.attention == "flex" and not (on_cuda and s.compile):
+        raise SettingsError("--attention=flex needs CUDA and --compile=true; chunk runs anywhere")
+    chunk = "exact, in chunks of whole blocks; flex, faster, needs CUDA and torch.compile"
+    name = torch.cuda.get_device_name(s.device) if on_cuda else s.device
+    lines = [f"device     {name}", f"dtype      {s.dtype}: {why}"]
+    if s.objective == "diffusion":
+        note = chunk if s.attention == "chunk" else "FlexAttention with a cached block mask"
+        lines.append(f"attention  {s.attention}: {note}")
+    return lines
+
+
+def peak_flops(device_name):
+    """The matrix peak of a GPU by its name, or None where it is not in the table."""
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in device_name), None)
+
+
+class Processes:
+    """torchrun's view of this process, or a world of one; `close` ends the group."""
+
+    def __init__(self):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+
+    def open(self, on_cuda):
+        if on_cuda:
+            torch.cuda.set_device(self.local_rank)
+        if self.world > 1:
+            dist.init_process_group("nccl" if on_cuda else "gloo")
+
+    def sum(self, tensor):
+        """Sum over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_main(self, number, where):
+        """The main process's float, on every process: decisions by the clock must agree."""
+        if self.world == 1:
+            return number
+        tensor = torch.tensor(number, dtype=torch.float64, device=where)
+        dist.broadcast(tensor, src=0)
+        return tensor.item()
+
+    def wait(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self):
+        if self.world > 1:
+            dist.destroy_process_group()

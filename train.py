@@ -1,0 +1,490 @@
+"""Train CASCADE, or its autoregressive twin, on one or many processes.
+
+    python train.py                                      the nano on the text that ships here
+    python train.py config/nano.py --max_minutes=20      a config file, then overrides
+    python train.py --objective=ar --block_size=1        the same network as a next-token GPT
+    torchrun --nproc_per_node=8 train.py config/nano.py  the same batches and noise, shared out
+    python train.py config/nano.py --init_from=resume    go on from out_dir/last.pt
+
+Batches and noise are pure functions of (seed, step), drawn for the whole global batch and then
+sliced, so a resumed run, more processes or smaller micro-batches compute the same thing.
+"""
+
+import math
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from checkpoint import check_out_dir, check_same, load_checkpoint, save_checkpoint
+from configurator import SettingsError, fail, override, public
+from corrupt import NOISE_LAWS, WEIGHTINGS, check_rates, corrupt_all_blocks, masked_diffusion_loss
+from dataset import DataError, data_root, load_dataset, ships_with_repository
+from machine import Processes, choose_machine, peak_flops
+from model import CascadeConfig, CascadeLM
+from muon import Muon
+
+# ---- settings: each can be set in a config file or as --name=value -----------------------------
+# where
+out_dir = "out/nano"
+dataset = "shakespeare"  # a folder of data/, prepared by its prepare.py
+init_from = "scratch"  # or "resume": go on from out_dir/last.pt
+overwrite = False  # allow a fresh run to replace the checkpoints in out_dir
+seed = 1337
+# the model; its shape is explained in model.CascadeConfig
+objective = "diffusion"  # or "ar"
+block_size = 8  # S, tokens denoised together
+seq_len = 128
+n_layer = 4
+n_head = 4
+n_kv_head = 0  # 0: as many as n_head
+n_embd = 192
+n_hidden = 0  # 0: 8/3 n_embd
+tie_embeddings = False
+qk_norm = True
+# the noise
+noise = "balanced"  # or "uniform", "clipped": corrupt.py
+weighting = "elbo"  # or "cascade"
+m_min = 1e-3
+clip_low = 0.3
+clip_high = 0.8
+# the budget: whichever of the two ends first; 0 = no such limit
+max_steps = 0
+max_minutes = 4.5
+batch_size = 32  # sequences per optimizer step, over all processes and micro-batches
+micro_batch = 0  # sequences per forward pass of one process; 0: its whole share at once
+# the optimizer
+optimizer = "muon"  # for the matrices of the layers; the rest always has AdamW. Or "adamw" for all
+learning_rate = 3e-3  # AdamW's peak
+muon_lr = 1e-2  # Muon's peak
+weight_decay = 0.1
+beta1 = 0.9
+beta2 = 0.98
+grad_clip = 1.0
+warmup_steps = 40
+final_lr = 0.0  # the schedule falls linearly to this fraction of the peak
+# reports
+log_every = 20
+eval_every = 200  # steps between validation bounds; a checkpoint is written with each
+eval_windows = 64  # validation windows for that bound
+final_windows = 512  # windows for the bound at the end
+sample_tokens = 400  # length of the sample at the end; 0 for none
+# the machine
+device = "auto"  # cuda if there is one, else cpu; or mps
+dtype = "auto"  # bfloat16 where the hardware multiplies it, else float32
+attention = "auto"  # flex on CUDA, chunk elsewhere
+compile = "auto"  # torch.compile of the layers: true on CUDA, false elsewhere
+# -------------------------------------------------------------------------------------------------
+DEFAULTS = public(dict(globals()))
+
+# ---- data and noise ----------------------------------------------------------------------------
+
+
+def step_generator(seed, step):
+    """The generator of everything random in one step; step -1 is the evaluation's."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step + 1) % 2**32)
+
+
+def micro_batches(s, mask_id, split, step, rank, world):
+    """This process's share of step's global batch, cut into micro-batches, on the CPU.
+
+    A list of (x0, xt, weight, index); index holds the flat positions that carry loss. For
+    objective "ar": (x0,). Everything is drawn for the global batch, then sliced.
+    """
+    generator = step_generator(s.seed, step)
+    starts = torch.randint(len(split) - s.seq_len + 1, (s.batch_size,), generator=generator)
+    share = s.batch_size // world
+    mine = slice(rank * share, (rank + 1) * share)
+    x0 = torch.from_numpy(split.window(starts[mine].numpy(), s.seq_len))
+    size = s.micro_batch or share
+    if s.objective == "ar":
+        return [(x,) for x in x0.split(size)]
+    # corruption never looks at the tokens, so the other ranks' rows need not be read
+    blank = torch.zeros(s.batch_size, s.seq_len, dtype=torch.long)
+    noisy = corrupt_all_blocks(
+        blank, s.block_size, mask_id, generator, s.noise, s.m_min, (s.clip_low, s.clip_high),
+        s.weighting,
+    )
+    mask, weight = noisy.mask[mine], noisy.weight[mine]
+    xt = x0.masked_fill(mask, mask_id)
+    index = [m.flatten().nonzero()[:, 0] for m in mask.split(size)]
+    return list(zip(x0.split(size), xt.split(size), weight.split(size), index, strict=True))
+
+
+def load_data(s, processes):
+    """The dataset of the settings; prepared here and now when its raw text ships with the code."""
+    if not (data_root() / s.dataset / "meta.json").exists() and ships_with_repository(s.dataset):
+        if processes.main:
+            script = Path(__file__).parent / "data" / s.dataset / "prepare.py"
+            print(f"data/{s.dataset} is not prepared yet: running {script.name}", flush=True)
+            if subprocess.run([sys.executable, str(script)], check=False).returncode:
+                raise DataError(f"{script} failed: see its message above")
+        processes.wait()
+    return load_dataset(s.dataset, s.seq_len)
+
+
+# ---- loss and evaluation -----------------------------------------------------------------------
+
+
+class Loss(nn.Module):
+    """The training loss as a module, so that DDP can wrap it. Nats per token."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, num_blocks, x0, xt=None, weight=None, index=None):
+        """`num_blocks`: blocks (objective "ar": tokens) of the global batch, the normaliser."""
+        if xt is None:
+            logits, targets = self.model.ar_logits(x0), x0
+            weight = torch.ones_like(targets, dtype=torch.float32)
+        else:
+            logits = self.model.masked_logits(x0, xt, index)
+            targets, weight = x0.flatten()[index], weight.flatten()[index]
+        return masked_diffusion_loss(logits, targets, weight, num_blocks)
+
+
+@torch.no_grad()
+def evaluate(model, split, windows, seed=0, batch=16, autocast=nullcontext, processes=None):
+    """(mean, standard error) in nats per token over fixed windows, the same on every call.
+
+    Diffusion: the bound, `balanced` noise from a fixed generator. objective "ar": the exact NLL.
+    Windows are spread evenly over the split without overlap; noise depends on the window alone,
+    so the figure is the same at any batch size and number of processes. The error is taken over
+    windows, which the strata make a little too large: they are drawn jointly.
+    """
+    c = model.config
+    where = next(model.parameters()).device
+    windows = min(windows, len(split) // c.seq_len)
+    stride = (len(split) - c.seq_len) / max(windows - 1, 1)
+    starts = (torch.arange(windows, dtype=torch.float64) * stride).long()
+    blank = torch.zeros(windows, c.seq_len, dtype=torch.long)
+    noise = corrupt_all_blocks(blank, c.block_size, c.mask_id, step_generator(seed, -1))
+    rank, world = (processes.rank, processes.world) if processes else (0, 1)
+    total = torch.zeros(windows, dtype=torch.float64, device=where)
+    for rows in torch.arange(windows).split(batch)[rank::world]:
+        x0 = torch.from_numpy(split.window(starts[rows].numpy(), c.seq_len))
+        with autocast():
+            if c.objective == "ar":
+                x0 = x0.to(where)
+                nll = F.cross_entropy(model.ar_logits(x0).mT, x0, reduction="none")
+                total[rows] = nll.double().mean(dim=1)
+                continue
+            mask = noise.mask[rows]
+            index = mask.flatten().nonzero()[:, 0]
+            xt = x0.masked_fill(mask, c.mask_id)
+            x0, xt = x0.to(where), xt.to(where)
+            logits = model.masked_logits(x0, xt, index.to(where))
+        nll = F.cross_entropy(logits, x0.flatten()[index], reduction="none").double()
+        weighted = torch.zeros(x0.numel(), dtype=torch.float64, device=where)
+        weighted[index] = nll * noise.weight[rows].flatten()[index].to(where)
+        total[rows] = weighted.view(len(rows), -1).sum(dim=1) / (c.seq_len // c.block_size)
+    total = processes.sum(total) if processes else total
+    error = total.std().item() / math.sqrt(windows) if windows > 1 else math.nan
+    return total.mean().item(), error
+
+
+# ---- optimizer and schedule --------------------------------------------------------------------
+
+
+def make_optimizers(model, s):
+    """[AdamW] or [AdamW, Muon]. Muon takes the layers' matrices; decay goes to matrices alone."""
+    if s.optimizer not in ("muon", "adamw"):
+        raise SettingsError(f"--optimizer must be muon or adamw, not {s.optimizer!r}")
+    matrices = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
+    taken = {id(p) for p in matrices}
+    rest = [p for p in model.parameters() if id(p) not in taken]
+    tables, vectors = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim < 2]
+    groups = [
+        {"params": tables, "weight_decay": s.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if s.optimizer == "adamw":
+        groups.insert(0, {"params": matrices, "weight_decay": s.weight_decay})
+    adamw = torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)
+    if s.optimizer == "adamw":
+        return [adamw]
+    return [adamw, Muon(matrices, s.muon_lr, s.weight_decay, dtype=getattr(torch, s.dtype))]
+
+
+def lr_factor(step, progress, s):
+    """Fraction of the peak: linear warm-up by steps, then linear fall by `progress` in [0, 1]."""
+    rise = min(1.0, (step + 1) / max(1, s.warmup_steps))
+    return rise * (s.final_lr + (1 - s.final_lr) * (1 - progress))
+
+
+# ---- checking the settings ---------------------------------------------------------------------
+
+def check_settings(s, world):
+    """Everything that can be refused before the first step is refused here, in one line."""
+    if s.noise not in NOISE_LAWS:
+        raise SettingsError(f"--noise must be one of {', '.join(NOISE_LAWS)}, not {s.noise!r}")
+    if s.weighting not in WEIGHTINGS:
+        raise SettingsError(f"--weighting must be one of {', '.join(WEIGHTINGS)}")
+    check_rates(s.m_min, 1.0)
+    check_rates(s.clip_low, s.clip_high)
+    if s.init_from not in ("scratch", "resume"):
+        raise SettingsError(f"--init_from must be scratch or resume, not {s.init_from!r}")
+    if s.max_steps <= 0 and s.max_minutes <= 0:
+        raise SettingsError("set --max_steps or --max_minutes: an endless run has no schedule")
+    for name in ("batch_size", "log_every", "eval_every", "eval_windows", "final_windows"):
+        if getattr(s, name) < 1:
+            raise SettingsError(f"--{name} must be at least 1, not {getattr(s, name)}")
+    share, rest = divmod(s.batch_size, world)
+    if rest or (s.micro_batch and share % s.micro_batch):
+        raise SettingsError(
+            f"--batch_size={s.batch_size} must be a multiple of {world} processes times "
+            f"--micro_batch={s.micro_batch or 'any'}"
+        )
+
+
+# ---- the run -----------------------------------------------------------------------------------
+
+
+class Run:
+    """One training run: what must survive a restart, and the steps that change it."""
+
+    def __init__(self, s, processes):
+        self.s, self.processes = s, processes
+        lines = choose_machine(s, processes.local_rank)
+        self.on_cuda = s.device.startswith("cuda")
+        processes.open(self.on_cuda)
+        check_settings(s, processes.world)
+        self.data = load_data(s, processes)
+        shape = {f.name: getattr(s, f.name) for f in fields(CascadeConfig) if hasattr(s, f.name)}
+        self.config = CascadeConfig(vocab_size=self.data.vocab_size, **shape)
+        check_out_dir(s) if processes.main else None
+        processes.wait()
+        torch.manual_seed(s.seed)
+        torch.set_float32_matmul_precision("high")
+        self.model = CascadeLM(self.config, s.attention).to(s.device)
+        self.optimizers = make_optimizers(self.model, s)
+        self.step, self.seconds, self.bound, self.best = 0, 0.0, (math.nan, math.nan), math.inf
+        if s.init_from == "resume":
+            self.restore(load_checkpoint(Path(s.out_dir) / "last.pt", s.device))
+        if s.compile:
+            for block in self.model.blocks:
+                block.compile(dynamic=False)
+        self.loss = Loss(self.model)
+        if processes.world > 1:
+            self.loss = nn.parallel.DistributedDataParallel(self.loss)
+        lines.append(
+            f"model      {self.model.count_parameters():,} parameters: {s.n_layer} layers, "
+            f"{s.n_head} heads, width {s.n_embd}, context {s.seq_len}, "
+            + (f"blocks of {s.block_size}" if s.objective == "diffusion" else "autoregressive")
+        )
+        train, val = (len(self.data.split(n)) for n in ("train", "val"))
+        lines.append(f"data       {self.data.name}: {train:,} train and {val:,} validation tokens")
+        lines.append(
+            f"step       {s.batch_size} sequences = {s.batch_size * s.seq_len:,} tokens"
+            + (f" on {processes.world} processes" if processes.world > 1 else "")
+        )
+        if processes.main:
+            print("\n".join(lines), flush=True)
+
+    def autocast(self):
+        if self.s.dtype == "float32":
+            return nullcontext()
+        return torch.autocast(self.s.device.split(":")[0], dtype=torch.bfloat16)
+
+    def progress(self, seconds):
+        """How much of the budget is used, in [0, 1]: of steps or of minutes, the larger."""
+        s = self.s
+        by_steps = self.step / s.max_steps if s.max_steps > 0 else 0.0
+        by_clock = seconds / 60 / s.max_minutes if s.max_minutes > 0 else 0.0
+        if s.max_minutes > 0:
+            by_clock = self.processes.from_main(by_clock, s.device)
+        return min(1.0, max(by_steps, by_clock))
+
+    def train_step(self, progress):
+        """One optimizer step; returns this process's share of the loss (a tensor)."""
+        s, world = self.s, self.processes.world
+        factor = lr_factor(self.step, progress, s)
+        for optimizer, peak in zip(self.optimizers, (s.learning_rate, s.muon_lr), strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * factor
+        split = self.data.split("train")
+        batches = micro_batches(
+            s, self.config.mask_id, split, self.step, self.processes.rank, world
+        )
+        count = s.batch_size * s.seq_len // s.block_size
+        total = 0.0
+        for i, batch in enumerate(batches):
+            batch = [t.to(s.device, non_blocking=True) for t in batch]
+            last = i == len(batches) - 1
+            with self.loss.no_sync() if world > 1 and not last else nullcontext():
+                with self.autocast():
+                    loss = self.loss(count, *batch)
+                # DDP averages gradients over processes; the loss is already over the global count
+                (loss * world).backward()
+            total += loss.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
+        if not math.isfinite(norm.item()):
+            raise SettingsError(
+                f"the gradient is not finite at step {self.step}: nothing was saved since; resume "
+                "with --init_from=resume after lowering --learning_rate and --muon_lr"
+            )
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return total
+
+    def evaluate(self, windows):
+        self.model.eval()
+        bound = evaluate(
+            self.model, self.data.split("val"), windows, autocast=self.autocast,
+            processes=self.processes,
+        )
+        self.model.train()
+        return bound
+
+    def state(self):
+        plain = {k: v for k, v in vars(self.s).items() if isinstance(v, (bool, int, float, str))}
+        return {
+            "config": asdict(self.config), "settings": plain, "meta": self.data.meta,
+            "model": self.model.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "step": self.step, "seconds": self.seconds, "bound": list(self.bound),
+            "best": self.best,
+        }
+
+    def restore(self, state):
+        check_same(self.s, state["settings"], asdict(self.config), state["config"])
+        self.model.load_state_dict(state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.bound, self.best = tuple(state["bound"]), state["best"]
+
+    def save(self):
+        """last.pt always; best.pt too when the bound is the best so far."""
+        is_best = self.bound[0] <= self.best
+        self.best = min(self.best, self.bound[0])
+        if self.processes.main:
+            state = self.state()
+            save_checkpoint(Path(self.s.out_dir) / "last.pt", state)
+            if is_best:
+                save_checkpoint(Path(self.s.out_dir) / "best.pt", state)
+
+
+class Stop:
+    """SIGINT and SIGTERM ask the loop to finish its step and save; a second one ends at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, _frame):
+        if self.asked:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.asked = True
+
+
+def report(run, loss, lr, rate, mfu, left):
+    """One aligned line. The bound carries <=; an autoregressive NLL is exact and does not."""
+    s = run.s
+    sign = "<=" if s.objective == "diffusion" else " ="
+    steps = f"{run.step:6d}" + (f"/{s.max_steps}" if s.max_steps else "")
+    val = f"{run.bound[0]:.3f}" if math.isfinite(run.bound[0]) else "  -  "
+    speed = f"{rate:5.0f} tok/s" if rate < 1e4 else f"{rate / 1e3:4.0f}k tok/s"
+    print(
+        f"step {steps} | loss {loss:.3f} | val {sign} {val} | lr {lr:.1e} | {speed} | "
+        + (f"mfu {mfu:3.0%} | " if mfu else "")
+        + f"eta {left:.1f}m",
+        flush=True,
+    )
+
+
+def train_loop(run):
+    """Steps until the budget is used; evaluates, reports and saves on the way."""
+    s, processes = run.s, run.processes
+    stop = Stop()
+    peak = peak_flops(torch.cuda.get_device_name(s.device)) if run.on_cuda else None
+    masked = s.batch_size * s.seq_len * (s.block_size + 1) // (2 * s.block_size)
+    step_flops = run.model.train_flops(s.batch_size, masked)
+    began = time.perf_counter() - run.seconds
+    mark, mark_step, losses = time.perf_counter(), run.step, 0.0
+    progress = run.progress(run.seconds)
+    while progress < 1.0:
+        losses += run.train_step(progress)
+        run.seconds = time.perf_counter() - began
+        progress = run.progress(run.seconds)
+        stopping = processes.from_main(float(stop.asked), s.device) > 0
+        done = progress >= 1.0 or stopping
+        if run.step % s.log_every == 0 or done:
+            count = run.step - mark_step
+            loss = processes.sum(torch.as_tensor(losses)).item() / count
+            seconds = time.perf_counter() - mark
+            rate = count * s.batch_size * s.seq_len / seconds
+            mfu = count * step_flops / seconds / (peak * processes.world) if peak else None
+            left = run.seconds / 60 / max(progress, 1e-9) * (1 - progress)
+            lr = run.optimizers[0].param_groups[0]["lr"]
+            if processes.main:
+                report(run, loss, lr, rate, mfu, left)
+            mark, mark_step, losses = time.perf_counter(), run.step, 0.0
+        if run.step % s.eval_every == 0 and not done:
+            run.bound = run.evaluate(s.eval_windows)
+            run.save()
+            run.seconds = time.perf_counter() - began
+            mark += time.perf_counter() - mark  # evaluation is not training speed
+        if stopping:
+            break
+    return progress >= 1.0
+
+
+def finish(run, complete):
+    """The bound with its standard error, a sample, where things lie and what to try next."""
+    s = run.s
+    if complete:
+        run.bound = run.evaluate(s.final_windows)
+    run.save()
+    if not run.processes.main:
+        return
+    command = f"python train.py{''.join(' ' + a for a in sys.argv[1:] if 'init_from' not in a)}"
+    if not complete:
+        print(f"stopped at step {run.step}, saved; go on with\n  {command} --init_from=resume")
+        return
+    mean, error = run.bound
+    bytes_per_token = run.data.split("val").bytes_per_token
+    kind, sign = ("bound", "<=") if s.objective == "diffusion" else ("NLL", "=")
+    print(
+        f"\nvalidation {kind} {sign} {mean:.4f} +- {error:.4f} nats/token, "
+        f"{sign} {mean / math.log(2) / bytes_per_token:.4f} bits/byte, on "
+        f"{min(s.final_windows, len(run.data.split('val')) // s.seq_len)} windows of {s.seq_len}, "
+        f"after {run.step} steps = {run.step * s.batch_size * s.seq_len:,} tokens "
+        f"in {run.seconds / 60:.1f} minutes"
+    )
+    if s.sample_tokens:
+        from sample import generate
+
+        print("\n---- a sample, unedited " + "-" * 40)
+        tokens = generate(run.model, [[]], s.sample_tokens, seed=s.seed)[0]
+        print(run.data.tokenizer.decode(tokens))
+        print("-" * 64)
+    print(f"\ncheckpoint: {s.out_dir}/best.pt\nnext:       python sample.py --out_dir={s.out_dir}")
+
+
+def main(argv):
+    processes = Processes()
+    try:
+        run = Run(SimpleNamespace(**override(DEFAULTS, argv)), processes)
+        finish(run, train_loop(run))
+    except (SettingsError, DataError, ValueError) as e:
+        fail(e)
+    finally:
+        processes.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
