@@ -1,0 +1,505 @@
+"""Write text block by block from a checkpoint, and watch it crystallise.
+
+    python sample.py                                        from nothing, the nano of train.py
+    python sample.py --prompt="ROMEO." --steps=4            a quarter of the passes at S=16
+    python sample.py --prompt=FILE:path --rule=threshold    a prompt from a file; "-" is stdin
+    python sample.py --num_samples=4 --delay=0.1 | cat      in a pipe: plain text only
+
+As a library: `from sample import generate`; `generate_stream` yields after every forward pass.
+
+A block starts as S masks. Each forward pass predicts all of them, a rule chooses which to keep,
+and after `steps` passes (K) none is left. The pass that writes a finished block into the cache is
+the first pass of the next block, so K passes a block are all there are; NFE counts them.
+"""
+
+import os
+import re
+import shutil
+import sys
+import time
+import unicodedata
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from checkpoint import load_model
+from configurator import SettingsError, fail, override, public
+from dataset import DataError, Tokenizer
+from model import BlockCache
+
+# ---- settings ----------------------------------------------------------------------------------
+out_dir = "out/nano"  # or a checkpoint file
+prompt = ""  # text; FILE:path reads a file, - reads standard input
+num_samples = 1
+max_new_tokens = 500
+rule = "confidence"  # random, confidence, threshold, entropy, left_to_right
+steps = 0  # K, forward passes per block, 1..S; 0 = S. threshold and entropy choose by themselves
+temperature = 1.0  # 0 = greedy
+top_k = 0  # keep the k most probable tokens; 0 = all
+top_p = 1.0  # keep the most probable tokens up to this much probability
+tau = 0.9  # rule threshold: reveal what is at least this certain
+gamma = 0.5  # rule entropy: nats of joint uncertainty allowed per pass
+stop = ""  # text of one token that ends a sample
+seed = 1337
+block_size = 0  # 0 = as trained; another needs --any_block_size=true
+any_block_size = False
+delay = 0.0  # seconds between frames, for watching
+device = "auto"
+# -------------------------------------------------------------------------------------------------
+DEFAULTS = public(dict(globals()))
+
+
+# ---- unmasking rules: which masked positions to reveal now --------------------------------------
+
+
+@dataclass
+class View:
+    """What a rule sees of the current blocks, one row per sample.
+
+    masked (B, S) bool; certainty (B, S), the largest probability of each position; entropy (B, S)
+    in nats; both of the model's own distribution, before temperature and truncation, and without
+    the drawn token: a rule that looked at the draw would prefer likely draws and so sharpen the
+    distribution. order (B, S): a uniformly random order, fixed per block. quota (B,): positions
+    to reveal so that the block ends on time, ceil(remaining / steps left).
+    """
+
+    masked: torch.Tensor
+    certainty: torch.Tensor
+    entropy: torch.Tensor
+    order: torch.Tensor
+    quota: torch.Tensor
+    tau: float
+    gamma: float
+
+
+def _first(key, masked, count):
+    """(B, S) bool: the count[r] masked positions of row r with the smallest key, ties leftmost."""
+    key = key.masked_fill(~masked, torch.inf)
+    rank = key.argsort(dim=1, stable=True).argsort(dim=1)
+    return masked & (rank < count.unsqueeze(1))
+
+
+def random(v):
+    """One uniformly random order: with K = S exactly the distribution that was trained."""
+    return _first(v.order, v.masked, v.quota)
+
+
+def left_to_right(v):
+    """From the left: with K = S the chain rule inside the block."""
+    place = torch.arange(v.masked.shape[1], device=v.masked.device, dtype=v.order.dtype)
+    return _first(place.expand_as(v.order), v.masked, v.quota)
+
+
+def confidence(v):
+    """The most certain positions."""
+    return _first(-v.certainty, v.masked, v.quota)
+
+
+def threshold(v):
+    """Every position at least `tau` certain, and the most certain one in any case."""
+    one = torch.ones_like(v.quota)
+    return (v.masked & (v.certainty >= v.tau)) | _first(-v.certainty, v.masked, one)
+
+
+def entropy(v):
+    """The EB rule (arXiv 2505.24857): positions by rising entropy, as many as keep
+    sum of entropies - largest entropy <= gamma, which bounds what drawing them together,
+    as if independent, can cost in nats."""
+    key = v.entropy.masked_fill(~v.masked, torch.inf)
+    ranked, place = key.sort(dim=1, stable=True)
+    # the largest of a prefix is its last, so the condition is on the sum of those before it
+    before = torch.cat([torch.zeros_like(ranked[:, :1]), ranked[:, :-1].cumsum(dim=1)], dim=1)
+    return v.masked & torch.zeros_like(v.masked).scatter(1, place, before <= v.gamma)
+
+
+RULES = {f.__name__: f for f in (random, confidence, threshold, entropy, left_to_right)}
+
+
+# ---- drawing tokens ------------------------------------------------------------------------------
+
+
+def truncated_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
+    """(..., V) float64 probabilities after temperature, top-k and top-p, renormalised.
+
+    float64 because low-precision draws act as a lower temperature (arXiv 2409.02908). The token
+    that carries the sum across top_p is kept. temperature 0 puts everything on the largest logit.
+    """
+    logits = logits.double()
+    if temperature == 0:
+        return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    p = (logits / temperature).softmax(dim=-1)
+    if 0 < top_k < p.shape[-1]:
+        kept = p.topk(top_k, dim=-1)
+        p = torch.zeros_like(p).scatter(-1, kept.indices, kept.values)
+    if top_p < 1.0:
+        ranked, place = p.sort(dim=-1, descending=True, stable=True)
+        before = ranked.cumsum(dim=-1) - ranked
+        keep = before < top_p * ranked.sum(dim=-1, keepdim=True)
+        p = torch.zeros_like(p).scatter(-1, place, ranked * keep)
+    return p / p.sum(dim=-1, keepdim=True)
+
+
+def draw(p, generator):
+    """(..., V) float64 probabilities -> (...) int64 tokens, by the exponential race: the smallest
+    E_i / p_i with E_i ~ Exp(1) is token i with probability p_i."""
+    race = torch.empty_like(p).exponential_(generator=generator)
+    return (p / race).argmax(dim=-1)
+
+
+# ---- generation ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Sampling:
+    """How to decode; `check` raises ValueError, one line, for what cannot be honoured."""
+
+    rule: str = "confidence"
+    steps: int = 0  # K, passes per block; 0 = S
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    tau: float = 0.9
+    gamma: float = 0.5
+    seed: int = 1337
+    stop_token: int | None = None  # a token id that ends a row, and is not part of it
+
+    def check(self, S):
+        if self.rule not in RULES:
+            raise ValueError(f"unknown rule {self.rule!r}: one of {', '.join(RULES)}")
+        self.steps = self.steps or S
+        if not 1 <= self.steps <= S:
+            raise ValueError(f"steps must lie in 1..{S} (the block size), not {self.steps}")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (all tokens) or more, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
+        if not 0 < self.tau <= 1:
+            raise ValueError(f"tau must lie in (0, 1], not {self.tau}")
+        if not self.gamma >= 0:
+            raise ValueError(f"gamma must be 0 or more, not {self.gamma}")
+
+
+def check_prompts(prompts, max_new_tokens, c):
+    """ValueError, one line, unless the prompts (lists of ids) fit the model of config `c`."""
+    if max_new_tokens < 0 or not prompts:
+        raise ValueError("max_new_tokens must be 0 or more, and there must be at least one prompt")
+    longest = c.seq_len - c.block_size
+    for row in prompts:
+        if len(row) > longest:
+            raise ValueError(
+                f"a prompt of {len(row)} tokens leaves no room for a block in the context of "
+                f"{c.seq_len}: shorten it to {longest}"
+            )
+        if len(row) and not (0 <= min(row) and max(row) < c.vocab_size):
+            raise ValueError(f"prompt tokens must lie in 0..{c.vocab_size - 1}")
+
+
+@dataclass
+class Step:
+    """The state after one forward pass, for B rows.
+
+    block (B, S) int64, mask_id where undecided; revealed (B, S) bool, decided by this pass;
+    start (B,), the place of the block in each row; settled (B,), how many tokens of each row are
+    final; done (B,) bool; nfe, forward passes so far; text, the rows, padded.
+    """
+
+    block: torch.Tensor
+    revealed: torch.Tensor
+    start: torch.Tensor
+    settled: torch.Tensor
+    done: torch.Tensor
+    nfe: int
+    text: torch.Tensor
+
+    def rows(self):
+        """Each row's final tokens so far, prompt included, as lists of ids."""
+        return [row[:n].tolist() for row, n in zip(self.text, self.settled, strict=True)]
+
+
+@torch.no_grad()
+def generate_stream(model, prompts, max_new_tokens, **options):
+    """Continue each prompt (a list of ids, of any length, also 0) by max_new_tokens tokens,
+    yielding a `Step` after every forward pass. `options` are the fields of Sampling.
+
+    A prompt need not fill its last block: its rest are fixed tokens of the first block written,
+    at their true positions. When the context is full, its later half is read again as the start
+    of a new one, in the same pass that begins the next block. objective "ar" runs the same loop:
+    its blocks are single tokens, each predicted by the pass that commits the one before.
+    """
+    c, o = model.config, Sampling(**options)
+    S, ar = c.block_size, c.objective == "ar"
+    o.check(S)
+    check_prompts(prompts, max_new_tokens, c)
+    where = next(model.parameters()).device
+    generator = torch.Generator(where).manual_seed(o.seed)
+    have = torch.tensor([len(row) for row in prompts], device=where)
+    goal = have + max_new_tokens
+    text = torch.full((len(prompts), int(goal.max()) + 2 * S), c.mask_id, device=where)
+    for row, ids in zip(text, prompts, strict=True):
+        row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+    start, settled, done, nfe = have // S * S, have.clone(), goal <= have, 0
+    cache, pending = open_cache(model, text, start, c.seq_len - S)
+    yield Step(text[:, :0], text[:, :0] >= 0, start, settled, done, nfe, text)
+    while not bool(done.all()):
+        if cache.length + pending.shape[1] + (0 if ar else S) > cache.capacity:
+            cache, pending = open_cache(model, text, start, c.seq_len // S // 2 * S)
+        # a finished row idles in its last place until all rows are finished
+        place = (start[:, None] + torch.arange(S, device=where)).clamp(max=text.shape[1] - 1)
+        block = text.gather(1, place)
+        order = torch.rand(block.shape, generator=generator, dtype=torch.float64, device=where)
+        steps_left = S if o.rule in ("threshold", "entropy") else o.steps
+        while bool((block == c.mask_id).any()):
+            tokens = pending if ar else torch.cat([pending, block], dim=1)
+            logits = model.decode(tokens, cache, pending.shape[1])
+            revealed, block = reveal(logits, block, c.mask_id, order, steps_left, o, generator)
+            pending, nfe, steps_left = pending[:, :0], nfe + 1, steps_left - 1
+            if not bool((block == c.mask_id).any()):
+                text.scatter_(1, place, block)
+                settled, done = settle(text, start + S, goal, have, o.stop_token, settled, done)
+            yield Step(block, revealed, start, settled, done, nfe, text)
+        pending, start = block, start + S
+
+
+def reveal(logits, block, mask_id, order, steps_left, o, generator):
+    """One denoising step: (revealed (B, S) bool, the block with those positions drawn)."""
+    masked = block == mask_id
+    logp = logits.double().log_softmax(dim=-1)
+    certainty, entropy = logp.amax(dim=-1).exp(), -(logp.exp() * logp).sum(dim=-1)
+    quota = -(-masked.sum(dim=1) // steps_left)
+    revealed = RULES[o.rule](View(masked, certainty, entropy, order, quota, o.tau, o.gamma))
+    p = truncated_probabilities(logits, o.temperature, o.top_k, o.top_p)
+    return revealed, torch.where(revealed, draw(p, generator), block)
+
+
+def open_cache(model, text, start, most):
+    """A fresh cache, and the finished tokens (B, Q) that the next pass commits to it.
+
+    Each row keeps its last `most` tokens before `start`, both whole blocks. Rows end in the same
+    slot; a shorter one is padded on the left by whole blocks, which the cache hides.
+    """
+    c = model.config
+    keep = start.clamp(max=most)
+    width = int(keep.max())
+    pad = width - keep
+    slot = torch.arange(width, device=text.device)
+    pending = text.gather(1, (start[:, None] - width + slot).clamp(min=0))
+    pending = pending.masked_fill(slot < pad[:, None], 0)
+    if c.objective == "ar":  # a row's first token is predicted from one [MASK], as in training
+        pending = torch.cat([torch.zeros_like(text[:, :1]), pending], dim=1)
+        pending.scatter_(1, pad[:, None], c.mask_id)
+    kind = text.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else model.embed.weight.dtype
+    return BlockCache(c, len(text), c.seq_len, pad, text.device, dtype), pending
+
+
+def settle(text, end, goal, have, stop_token, settled, done):
+    """(settled, done) after a block that ends at `end`: cut at the goal or before a stop token."""
+    upto = torch.minimum(end, goal)
+    finished = upto >= goal
+    if stop_token is not None:
+        place = torch.arange(text.shape[1], device=text.device)
+        hit = (text == stop_token) & (place >= have[:, None]) & (place < upto[:, None])
+        first = torch.where(hit, place, text.shape[1]).amin(dim=1)
+        upto, finished = torch.minimum(upto, first), finished | hit.any(dim=1)
+    return torch.where(done, settled, upto), done | finished
+
+
+def generate(model, prompts, max_new_tokens, **options):
+    """The rows of generate_stream when all is done, prompts included: lists of token ids."""
+    *_, last = generate_stream(model, prompts, max_new_tokens, **options)
+    return last.rows()
+
+
+# ---- the terminal --------------------------------------------------------------------------------
+
+PLAIN, DIM, BRIGHT = "", "\x1b[2m", "\x1b[1;92m"
+
+
+def columns(text):
+    """Terminal columns of a string: wide East Asian characters take two, combining marks none."""
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
+
+
+def printable(text):
+    """Text without the control characters that would move the cursor."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", " ", text)
+
+
+def wrap(pieces, width):
+    """[(style, text)] -> lines of at most `width` columns, as lists of (style, text)."""
+    lines, used = [[]], 0
+    for style, text in pieces:
+        for char in printable(text):
+            size = columns(char)
+            if char == "\n" or used + size > width:
+                lines.append([])
+                used = 0
+            if char != "\n":
+                lines[-1].append((style, char))
+                used += size
+    return lines
+
+
+def styled(line):
+    """A line's characters as one string, an escape code wherever the style changes."""
+    out, now = [], PLAIN
+    for style, char in line:
+        if style != now:
+            out.append("\x1b[0m" + style)
+            now = style
+        out.append(char)
+    return "".join(out) + ("\x1b[0m" if now else "")
+
+
+class Display:
+    """Redraws the last lines of every sample in place: masks dim, new tokens bright, settled text
+    plain. On leaving, the drawing is erased and the cursor shown, whatever happened."""
+
+    def __init__(self, tokenizer, mask_id, out=sys.stdout):
+        self.tokenizer, self.mask_id, self.out = tokenizer, mask_id, out
+        self.drawn = []  # widths of the lines on the screen
+        encoding = (out.encoding or "").lower().replace("-", "")
+        self.glyph = "\u2591" if encoding.startswith("utf") else "_"
+
+    def __enter__(self):
+        self.out.write("\x1b[?25l")
+        return self
+
+    def __exit__(self, *_):
+        self.out.write(self._home() + "\x1b[J\x1b[?25h")
+        self.out.flush()
+
+    def _home(self):
+        """Codes that move to the top of the drawing. If the window was narrowed since, a line
+        now takes several rows: counted at the present width."""
+        width = max(1, shutil.get_terminal_size().columns)
+        rows = sum(max(1, -(-used // width)) for used in self.drawn)
+        return "\r" + (f"\x1b[{rows - 1}A" if rows > 1 else "")
+
+    def pieces(self, step, row, settled):
+        """[(style, text)] of one row: settled text, then its block in the making."""
+        out = [(PLAIN, self.tokenizer.decode(settled))]
+        inside = step.block[row].tolist()
+        fresh = step.revealed[row].tolist()
+        for i, (token, new) in enumerate(zip(inside, fresh, strict=True)):
+            if int(step.start[row]) + i < len(settled):
+                continue  # fixed by the prompt, or settled by this pass
+            if token == self.mask_id:
+                out.append((DIM, self.glyph))
+            else:
+                out.append((BRIGHT if new else PLAIN, self.tokenizer.token_text(token)))
+        return out
+
+    def show(self, step):
+        size = shutil.get_terminal_size()
+        height = max(1, (size.lines - 1) // len(step.text))
+        lines = []
+        for row, settled in enumerate(step.rows()):
+            # a screenful of tokens is all that can be seen, however long the text has grown
+            tail = settled[-4 * size.columns * height :]
+            step_row = self.pieces(step, row, settled) if len(tail) == len(settled) else (
+                [(PLAIN, self.tokenizer.decode(tail))] + self.pieces(step, row, settled)[1:]
+            )
+            lines += wrap(step_row, max(1, size.columns - 1))[-height:]
+        frame = self._home() + "\x1b[J" + "\n".join(styled(line) for line in lines)
+        self.out.write("\x1b[?2026h" + frame + "\x1b[?2026l")  # drawn at once where supported
+        self.out.flush()
+        self.drawn = [sum(columns(char) for _, char in line) for line in lines]
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def read_prompt(value):
+    """The prompt's text: as given, of a file (FILE:path), or of standard input (-)."""
+    try:
+        if value == "-":
+            return sys.stdin.read()
+        if value.startswith("FILE:"):
+            return Path(value[5:]).read_text(encoding="utf-8")
+    except OSError as e:
+        raise SettingsError(f"--prompt={value}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise SettingsError(f"--prompt={value}: not UTF-8 text (byte {e.start})") from None
+    return value
+
+
+def load(s):
+    """(model, tokenizer) of the settings; another block size than the trained one is refused."""
+    if s.device == "auto":
+        s.device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, state = load_model(s.out_dir, s.device)
+    trained = model.config.block_size
+    if s.block_size not in (0, trained):
+        if not s.any_block_size:
+            raise SettingsError(
+                f"this model was trained on blocks of {trained}; decoding with {s.block_size} "
+                "hurts its text: leave --block_size out, or insist with --any_block_size=true"
+            )
+        model.config = replace(model.config, block_size=s.block_size)
+    return model, Tokenizer.from_meta(state["meta"])
+
+
+def command(argv):
+    """Run the command; its exit code."""
+    s = SimpleNamespace(**override(DEFAULTS, argv))
+    model, tokenizer = load(s)
+    ids = tokenizer.encode(read_prompt(s.prompt))
+    stop_ids = tokenizer.encode(s.stop)
+    if len(stop_ids) > 1:
+        raise SettingsError(f"--stop={s.stop!r} is {len(stop_ids)} tokens, not one")
+    if s.num_samples < 1:
+        raise SettingsError(f"--num_samples must be at least 1, not {s.num_samples}")
+    stream = generate_stream(
+        model, [ids] * s.num_samples, s.max_new_tokens, rule=s.rule, steps=s.steps,
+        temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, tau=s.tau, gamma=s.gamma,
+        seed=s.seed, stop_token=stop_ids[0] if stop_ids else None,
+    )
+    live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    display = Display(tokenizer, model.config.mask_id) if live else nullcontext()
+    began, step, interrupted = time.perf_counter(), None, False
+    try:
+        with display:
+            for step in stream:
+                if live:
+                    display.show(step)
+                time.sleep(s.delay)
+    except KeyboardInterrupt:
+        interrupted = True
+    seconds = time.perf_counter() - began
+    if step is None:
+        return 130
+    rows = step.rows()
+    for i, row in enumerate(rows):
+        if len(rows) > 1:
+            print(f"--- sample {i + 1} of {len(rows)}")
+        print(tokenizer.decode(row), flush=True)
+    if live:
+        new = sum(len(row) for row in rows) - len(ids) * len(rows)
+        print(
+            f"\x1b[2m{new} tokens in {step.nfe} passes = {new / max(1, step.nfe):.2f} a pass, "
+            f"{new / seconds:.0f} tokens/s\x1b[0m"
+        )
+    return 130 if interrupted else 0
+
+
+def main(argv):
+    try:
+        return command(argv)
+    except (SettingsError, DataError, ValueError) as e:
+        fail(e)
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
