@@ -1,0 +1,1059 @@
+"""Every claim of this repository as a test.
+
+    python test_all.py               all of them, about three minutes on two cores
+    python test_all.py noise cache   those with one of these words in their name
+
+One line each: PASS, FAIL or SKIP, the name, the seconds, what was measured and what is allowed.
+The last line is `N passed, N failed` (and `, N skipped`); the exit code is 1 if any failed.
+"""
+
+import contextlib
+import io
+import itertools
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import configurator
+import corrupt
+import dataset
+import machine
+import model as cascade
+import muon
+import reference
+import sample
+import train
+
+HERE = Path(__file__).resolve().parent
+
+
+class Skip(Exception):
+    """A check that cannot run here; the message says why."""
+
+
+def within(measured, allowed, what="max|diff|"):
+    """The test's line; AssertionError when measured > allowed, or is not a number."""
+    line = f"{what} = {measured:.2g}, allowed {allowed:.2g}"
+    assert measured <= allowed, line
+    return line
+
+
+def diff(a, b):
+    """Largest absolute difference of two tensors of one shape, in float64."""
+    assert a.shape == b.shape, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    return (a.detach().double() - b.detach().double()).abs().max().item()
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny_model(seed=0, std=0.3, attention="chunk", **shape):
+    """A small random model whose every weight matters: initialisation leaves some at zero."""
+    shape = {
+        "vocab_size": 11, "seq_len": 15, "block_size": 3, "n_layer": 2, "n_head": 4, "n_embd": 32,
+        "n_hidden": 40, **shape,
+    }
+    net = cascade.CascadeLM(cascade.CascadeConfig(**shape), attention)
+    g = generator(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * std)
+    return net
+
+
+def tokens_for(net, batch=3, seed=1):
+    return torch.randint(
+        net.config.vocab_size, (batch, net.config.seq_len), generator=generator(seed)
+    )
+
+
+def noisy_for(net, x0, seed=2):
+    """(Noisy, flat indices of the masked positions) under `balanced` noise."""
+    c = net.config
+    noisy = corrupt.corrupt_all_blocks(x0, c.block_size, c.mask_id, generator(seed))
+    return noisy, noisy.mask.flatten().nonzero()[:, 0]
+
+
+# the shapes that parity is tested on: odd block size, S = 1, S = N, grouped heads, tied head
+SHAPES = (
+    {"block_size": 3, "n_kv_head": 1, "qk_norm": True},
+    {"block_size": 1, "tie_embeddings": True, "qk_norm": False},
+    {"block_size": 15, "n_kv_head": 2, "qk_norm": False},
+    {"block_size": 5, "n_kv_head": 2, "tie_embeddings": True, "qk_norm": True},
+)
+
+
+# ---- the oracle and the masks --------------------------------------------------------------------
+
+
+def test_reference_script():
+    """python reference.py proves itself."""
+    run = subprocess.run(
+        [sys.executable, "reference.py"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    lines = run.stdout.strip().splitlines()
+    passed = sum(line.startswith("PASS") for line in lines)
+    assert run.returncode == 0 and passed == 4, run.stdout + run.stderr
+    assert lines[-1] == "All CASCADE block-attention and cache tests passed", lines[-1]
+    return f"{passed} PASS lines, exit code 0"
+
+
+def test_block_causal_mask():
+    """The mask against its definition, entry by entry, and its count."""
+    entries = 0
+    for N, S in ((12, 3), (8, 1), (6, 6), (15, 5)):
+        mask = cascade.build_block_causal_mask(N, S)
+        for i, j in itertools.product(range(N), repeat=2):
+            assert bool(mask[i, j]) == (j // S <= i // S), (N, S, i, j)
+        assert int(mask.sum()) == N * (N + S) // 2, (N, S, int(mask.sum()))
+        entries += N * N
+    return f"{entries} entries as defined, N(N+S)/2 of them visible"
+
+
+def test_two_stream_mask():
+    """The two-stream mask against the oracle's rule, and its N (N + S) visible entries."""
+    for N, S in ((12, 3), (8, 1), (6, 6), (15, 5)):
+        mask, rule = cascade.build_two_stream_mask(N, S), reference.two_stream_rule(N, S)
+        for i, j in itertools.product(range(2 * N), repeat=2):
+            assert bool(mask[i, j]) == bool(rule(i, j)), (N, S, i, j)
+        assert int(mask.sum()) == N * (N + S), (N, S, int(mask.sum()))
+    flex = cascade.flex_block_mask(12, 3, False, "cpu").mask_mod
+    i, j = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
+    assert bool((flex(0, 0, i, j) == cascade.build_two_stream_mask(12, 3)).all())
+    flex = cascade.flex_block_mask(12, 3, True, "cpu").mask_mod
+    noisy = cascade.build_two_stream_mask(12, 3)[12:]
+    assert bool((flex(0, 0, i[:12], j[:12]) == noisy).all())
+    return "as defined, N(N+S) visible; FlexAttention's rule is the same"
+
+
+def test_block_boundaries():
+    """Off by one is caught at the first, a middle and the last block: block b is bS..(b+1)S-1."""
+    N, S = 20, 4
+    mask = cascade.build_block_causal_mask(N, S)
+    for b in (0, 2, 4):
+        first, last = b * S, (b + 1) * S - 1
+        assert mask[first, last] and mask[last, first]
+        assert not mask[first, min(last + 1, N - 1)] or last == N - 1
+        assert mask[first].sum() == mask[last].sum() == (b + 1) * S
+        x0 = torch.zeros(1, N, dtype=torch.long)
+        noisy = corrupt.corrupt_target_block(
+            x0, S, 9, generator(), law="clipped", clip=(1.0, 1.0), block=torch.tensor([b])
+        )
+        places = noisy.mask[0].nonzero()[:, 0].tolist()
+        assert places == list(range(first, last + 1)), places
+        assert (noisy.xt[0, :first] == 0).all() and (noisy.xt[0, first:] == 9).all()
+    return "blocks 0, 2 and 4 of 5: masks and corruption start at bS and end at (b+1)S-1"
+
+
+# ---- the corruption ------------------------------------------------------------------------------
+
+
+def test_target_block_corruption():
+    """Clean before b, loss mask = masked positions of b alone, everything after b masked."""
+    B, N, S, mask_id = 4000, 24, 4, 50
+    x0 = torch.randint(mask_id, (B, N), generator=generator(3))
+    for law in corrupt.NOISE_LAWS:
+        noisy = corrupt.corrupt_target_block(x0, S, mask_id, generator(4), law=law)
+        at = torch.arange(N) // S
+        b = noisy.block
+        inside = at == b
+        assert ((noisy.xt == mask_id) == (noisy.mask | (at > b))).all()
+        assert not (noisy.mask & ~inside).any() and noisy.mask.any(dim=1).all()
+        assert (noisy.xt == torch.where(noisy.xt == mask_id, mask_id, x0)).all()
+        assert ((noisy.weight > 0) == noisy.mask).all()
+        share = torch.bincount(b[:, 0], minlength=N // S) / B
+        assert (share - S / N).abs().max() < 0.03, share
+    # given that it is not empty, each position is masked at rate m / (1 - (1-m)^S)
+    m = 0.1
+    noisy = corrupt.corrupt_target_block(
+        x0, S, mask_id, generator(5), law="clipped", clip=(m, m), block=torch.zeros(B).long()
+    )
+    rate = noisy.mask[:, :S].double().mean(dim=0)
+    expected = m / (1 - (1 - m) ** S)
+    error = math.sqrt(expected * (1 - expected) / B)
+    return within((rate - expected).abs().max().item() / error, 4, "non-empty rate, std errors off")
+
+
+def test_noise_balanced_counts():
+    """Every k equally often in each group of sequences, and uniform at every place."""
+    for B, nb, S in ((6, 4, 4), (8, 2, 16), (12, 3, 9), (10, 6, 4)):
+        k = corrupt.balanced_counts(B, nb, S, generator(B))
+        group = S // math.gcd(S, nb)
+        for rows in k[: B // group * group].split(group):
+            counts = torch.bincount(rows.flatten(), minlength=S + 1)[1:]
+            assert (counts == counts[0]).all(), (B, nb, S, counts)
+        assert k.min() >= 1 and k.max() <= S
+    # 4000 batches of 5 sequences (a group of 4 and one left over), 3 blocks, S = 4: per place
+    draws = torch.stack([corrupt.balanced_counts(5, 3, 4, generator(i)) for i in range(4000)])
+    share = torch.stack([(draws == k).double().mean(dim=0) for k in (1, 2, 3, 4)])
+    error = math.sqrt(0.25 * 0.75 / 4000)
+    return within((share - 0.25).abs().max().item() / error, 4.5, "share of k, std errors off")
+
+
+def test_noise_places_are_uniform():
+    """`uniform` rates: mean 1/2 and variance 1/12 at every block's place, and tied to none."""
+    draws = torch.stack(
+        [
+            corrupt.corrupt_all_blocks(
+                torch.zeros(4, 12, dtype=torch.long), 2, 9, generator(i), law="uniform"
+            ).m
+            for i in range(3000)
+        ]
+    )  # (3000, 4, 6)
+    error = math.sqrt(1 / 12 / 3000)
+    worst = (draws.mean(dim=0) - 0.5005).abs().max().item() / error
+    spread = (draws.var(dim=0) * 12 - 1).abs().max().item()
+    assert spread < 0.1, spread
+    # stratified: the mean over a batch varies far less than for independent draws
+    batch = draws.mean(dim=(1, 2)).std().item()
+    assert batch < 0.2 * math.sqrt(1 / 12 / 24), batch
+    return within(worst, 4.5, "mean rate by place, std errors off")
+
+
+def test_noise_masks():
+    """balanced masks exactly k anywhere; Bernoulli laws mask at rate m; weights as tabled."""
+    x0 = torch.randint(9, (600, 16), generator=generator(1))
+    S = 4
+    for law, clip in (("balanced", None), ("uniform", None), ("clipped", (0.4, 0.6))):
+        n = corrupt.corrupt_all_blocks(x0, S, 9, generator(2), law=law, clip=clip or (0.3, 0.8))
+        assert ((n.xt == 9) == n.mask).all() and (n.xt[~n.mask] == x0[~n.mask]).all()
+        k = n.mask.view(600, 4, S).sum(dim=-1)
+        weight = n.weight.view(600, 4, S)
+        if law == "balanced":
+            assert (k == (n.m * S).round()).all()
+            assert (weight.sum(dim=-1) - 1).abs().max() < 1e-6
+            place = n.mask.view(-1, S).double().mean(dim=0)
+            assert (place - 0.625).abs().max() < 0.04, place
+        else:
+            expected = (1 / (n.m * S)).float()[..., None] * n.mask.view(600, 4, S)
+            assert diff(weight, expected) < 1e-5 * expected.max()
+            assert abs((k / S - n.m).mean().item()) < 0.03
+        if law == "clipped":
+            assert 0.4 <= n.m.min() and n.m.max() <= 0.6
+    return "masks, counts and weights as tabled for three laws"
+
+
+def test_noise_guards():
+    """Impossible rates, blocks and names are refused with one line."""
+    x0 = torch.zeros(2, 8, dtype=torch.long)
+    bad = [
+        {"block_size": 3}, {"block_size": 0}, {"law": "gaussian"}, {"weighting": "mean"},
+        {"law": "uniform", "m_min": 0.0}, {"law": "uniform", "m_min": 1.5},
+        {"law": "clipped", "clip": (0.8, 0.3)}, {"law": "clipped", "clip": (0.3, 1.2)},
+    ]
+    for make, extra in (
+        (corrupt.corrupt_all_blocks, []),
+        (corrupt.corrupt_target_block, [{"block": torch.tensor([0, 2])}]),
+    ):
+        for wrong in bad + extra:
+            arguments = {"block_size": 4, **wrong}
+            with raises(ValueError):
+                make(x0, mask_id=9, generator=generator(), **arguments)
+    return f"{2 * len(bad) + 1} wrong calls refused"
+
+
+# ---- attention and the network against the slow truth --------------------------------------------
+
+
+def test_attention_equals_oracle():
+    """One head, no rotary embedding, fp32: all paths against the float64 loop on the same input."""
+    worst = 0.0
+    for N, S in ((24, 4), (15, 3), (8, 1), (6, 6)):
+        q, k, v = torch.randn(3, 2, 1, 1, N, 8, generator=generator(N)).unbind()
+        truth = reference.block_causal_attention(q[0], k[0], v[0], S)
+        worst = max(worst, diff(cascade.block_causal_attention(q[0], k[0], v[0], S), truth))
+        q2, k2, v2 = (torch.cat([x[0], x[1]], dim=2) for x in (q, k, v))
+        truth = reference.reference_attention(
+            q2[0, 0], k2[0, 0], v2[0, 0], reference.two_stream_rule(N, S)
+        )
+        truth = truth.view(2, 1, 1, N, 8)
+        for chunk in (1, 8, 64):
+            both = cascade.chunked_two_stream_attention(q, k, v, S, chunk)
+            noisy = cascade.chunked_two_stream_attention(q[1:], k, v, S, chunk)
+            worst = max(worst, diff(both, truth), diff(noisy, truth[1:]))
+        for queries, only in ((q, False), (q[1:], True)):
+            mask = cascade.flex_block_mask(N, S, only, "cpu")
+            with torch.no_grad():
+                y = cascade.flex_two_stream_attention(queries, k, v, mask)
+            worst = max(worst, diff(y, truth[2 - len(queries) :]))
+    return within(worst, 1e-6)
+
+
+def test_attention_half_precision():
+    """bf16 and fp16 paths against the oracle on the same rounded input."""
+    N, S, worst = 64, 8, {}
+    for dtype in (torch.bfloat16, torch.float16):
+        q, k, v = (0.2 * torch.randn(3, 2, 1, 1, N, 32, generator=generator(7))).to(dtype).unbind()
+        rule = reference.two_stream_rule(N, S)
+        q2, k2, v2 = (torch.cat([x[0], x[1]], dim=2)[0, 0].double() for x in (q, k, v))
+        truth = reference.reference_attention(q2, k2, v2, rule).view(2, 1, 1, N, 32)
+        got = cascade.chunked_two_stream_attention(q, k, v, S)
+        worst[dtype] = diff(got, truth)
+        one = cascade.block_causal_attention(q[0], k[0], v[0], S)
+        worst[dtype] = max(worst[dtype], diff(one, truth[0]))
+    return within(max(worst.values()), 1e-3, f"fp16 {worst[torch.float16]:.1g}, bf16 max|diff|")
+
+
+def test_model_equals_slow_model():
+    """Logits of one and of two streams, loss and every gradient: heads, rotary, groups, ties."""
+    worst = {"logits": 0.0, "loss": 0.0, "grad": 0.0}
+    for shape in SHAPES:
+        net = tiny_model(**shape)
+        x0 = tokens_for(net)
+        noisy, index = noisy_for(net, x0)
+        state = {k: v.detach().clone().requires_grad_() for k, v in net.state_dict().items()}
+        truth = reference.reference_logits(state, net.config, noisy.xt)
+        worst["logits"] = max(worst["logits"], diff(net(noisy.xt), truth))
+        truth = reference.reference_two_stream_logits(state, net.config, x0, noisy.xt)
+        logits = net.masked_logits(x0, noisy.xt, index)
+        worst["logits"] = max(worst["logits"], diff(logits, truth.flatten(0, 1)[index]))
+
+        blocks = x0.numel() // net.config.block_size
+        loss = train.Loss(net)(blocks, x0, noisy.xt, noisy.weight, index)
+        slow = reference.reference_two_stream_loss(state, net.config, x0, noisy.xt, noisy.weight)
+        worst["loss"] = max(worst["loss"], diff(loss, slow))
+        loss.backward()
+        slow.backward()
+        for name, p in net.named_parameters():
+            worst["grad"] = max(worst["grad"], diff(p.grad, state[name].grad))
+    assert worst["loss"] < 2e-6 and worst["grad"] < 2e-5, worst
+    return within(worst["logits"], 2e-6, f"grad {worst['grad']:.1g}; logits max|diff|")
+
+
+def test_model_ar_equals_slow_model():
+    """objective "ar": the same network under a causal mask; its first token comes from [MASK]."""
+    net = tiny_model(objective="ar", block_size=1)
+    x0 = tokens_for(net)
+    shifted = torch.cat([torch.full_like(x0[:, :1], 11), x0[:, :-1]], dim=1)
+    truth = reference.reference_logits(net.state_dict(), net.config, shifted)
+    nll = F.cross_entropy(truth.mT, x0)
+    loss = train.Loss(net)(x0.numel(), x0)
+    assert abs(loss.item() - nll.item()) < 1e-6, (loss.item(), nll.item())
+    return within(diff(net.ar_logits(x0), truth), 2e-6)
+
+
+def test_no_leak():
+    """Changing block j moves no logit before j; changing the clean copy of b moves no noisy b."""
+    net = tiny_model(seq_len=15, block_size=3)
+    x0 = tokens_for(net)
+    xt = noisy_for(net, x0)[0].xt
+    every = torch.arange(x0.numel())
+    logits, both = net(x0), net.masked_logits(x0, xt, every).view(3, 15, -1)
+    for b in range(5):
+        block = slice(3 * b, 3 * b + 3)
+        other = x0.clone()
+        other[:, block] = (other[:, block] + 1) % 11
+        moved = net(other)
+        assert (moved[:, : 3 * b] == logits[:, : 3 * b]).all(), f"block {b} leaks backwards"
+        assert (moved[:, block] != logits[:, block]).any(), "the check could not fail"
+        moved = net.masked_logits(other, xt, every).view(3, 15, -1)
+        upto = 3 * b + 3
+        assert (moved[:, :upto] == both[:, :upto]).all(), f"noisy block {b} sees its clean copy"
+        assert b == 4 or (moved[:, upto:] != both[:, upto:]).any(), "the check could not fail"
+        noised = xt.clone()
+        noised[:, block] = (noised[:, block] + 1) % 11
+        moved = net.masked_logits(x0, noised, every).view(3, 15, -1)
+        same = torch.ones(15, dtype=torch.bool)
+        same[block] = False
+        assert (moved[:, same] == both[:, same]).all(), f"noisy block {b} reaches another block"
+    return "5 blocks, clean and noisy, bitwise"
+
+
+def test_all_blocks_equal_target_blocks():
+    """One two-stream pass equals `corrupt_target_block` block by block: logits, loss, gradients."""
+    net = tiny_model(seq_len=12, block_size=4)
+    x0 = tokens_for(net)
+    noisy, index = noisy_for(net, x0)
+    loss = train.Loss(net)(9, x0, noisy.xt, noisy.weight, index)
+    loss.backward()
+    want = {name: p.grad.clone() for name, p in net.named_parameters()}
+    net.zero_grad()
+    logits = net.masked_logits(x0, noisy.xt, torch.arange(x0.numel())).view(3, 12, -1)
+    worst, total = 0.0, 0.0
+    for b in range(3):
+        at = torch.arange(12) // 4
+        xt = torch.where(at < b, x0, noisy.xt).masked_fill(at > b, net.config.mask_id)
+        one = net(xt)
+        worst = max(worst, diff(one[:, at == b], logits[:, at == b]))
+        part = corrupt.masked_diffusion_loss(one, x0, noisy.weight * (at == b), 9)
+        part.backward()
+        total += part.item()
+    grad = max(diff(p.grad, want[name]) for name, p in net.named_parameters())
+    assert abs(total - loss.item()) < 1e-6 and grad < 1e-5, (total - loss.item(), grad)
+    return within(worst, 2e-6, f"grad {grad:.1g}; logits max|diff|")
+
+
+def test_rotary():
+    """Position 0 is the identity, only differences of positions matter, the cache goes on at bS."""
+    config = cascade.CascadeConfig(n_embd=32, n_head=2, seq_len=64, block_size=4)
+    cos, sin = cascade.rotary_tables(config)
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=generator()).unbind()
+    at = [cascade.rotate(q, cos[i], sin[i]) for i in range(64)]
+    kt = [cascade.rotate(k, cos[i], sin[i]) for i in range(64)]
+    assert (at[0] == q).all()
+    scores = torch.tensor([[(at[i] * kt[j]).sum() for j in range(64)] for i in range(64)])
+    worst = max(diff(scores.diagonal(d), scores.diagonal(d)[:1].expand(64 - d)) for d in range(60))
+    assert (scores.diagonal(1)[0] - scores.diagonal(5)[0]).abs() > 1e-2, "the check could not fail"
+    cache = cascade.BlockCache(config, 1, 64)
+    cache.length = 12
+    assert cache.positions(4).tolist() == [[12, 13, 14, 15]]
+    return within(worst, 2e-5, "scores at one distance, max|diff|")
+
+
+def test_layers_equal_formulas():
+    """RMSNorm and SwiGLU against their formulas in float64."""
+    x = torch.randn(5, 32, generator=generator())
+    norm = cascade.RMSNorm(32, 1e-5)
+    torch.nn.init.normal_(norm.weight, generator=generator(1))
+    y = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
+    worst = diff(norm(x), y)
+    mlp = tiny_model().blocks[0].mlp
+    g, u, d = (w.weight.double() for w in (mlp.gate, mlp.up, mlp.down))
+    a = x.double() @ g.T
+    y = (a / (1 + (-a).exp()) * (x.double() @ u.T)) @ d.T
+    return within(max(worst, diff(mlp(x), y)), 5e-6)
+
+
+def test_initialisation():
+    """The table: the untrained model predicts the uniform distribution, whatever the width."""
+    torch.manual_seed(0)
+    for tie in (False, True):
+        net = cascade.CascadeLM(cascade.CascadeConfig(tie_embeddings=tie, n_embd=96, n_head=4))
+        x0 = torch.randint(65, (4, 256))
+        noisy, index = noisy_for(net, x0)
+        loss = train.Loss(net)(4 * 16, x0, noisy.xt, noisy.weight, index).item()
+        assert abs(loss - math.log(65)) < 0.1, loss
+        stds = {n: p.std().item() for n, p in net.named_parameters() if p.ndim == 2}
+        for name, std in stds.items():
+            leaf = name.split(".")[-2]
+            want = {"embed": 0.02, "o": 0, "down": 0, "head": 0}.get(leaf, 0.5 / math.sqrt(96))
+            assert abs(std - want) < 0.05 * want + 1e-9, (name, std, want)
+    return f"first loss {loss:.3f}, log V = {math.log(65):.3f}"
+
+
+def test_train_flops():
+    """The FLOP count behind MFU against torch's own counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    worst = 0.0
+    for shape in ({"block_size": 8}, {"objective": "ar", "block_size": 1}):
+        net = tiny_model(seq_len=64, n_layer=3, n_kv_head=2, attention="chunk", **shape)
+        x0 = tokens_for(net, batch=4)
+        with FlopCounterMode(display=False) as counter:
+            if net.config.objective == "ar":
+                train.Loss(net)(1, x0).backward()
+                masked = 0
+            else:
+                noisy, index = noisy_for(net, x0)
+                train.Loss(net)(1, x0, noisy.xt, noisy.weight, index).backward()
+                masked = len(index)
+        counts = counter.get_flop_counts()["Global"]
+        products = sum(n for op, n in counts.items() if "attention" not in str(op))
+        mine = net.train_flops(4, masked)
+        c = net.config
+        entries = 4 * 64 * (64 + c.block_size) * 5 / 2 if masked else 4 * 64 * 65 // 2 * 3
+        worst = max(worst, abs(mine - 12 * entries * c.n_embd - products) / products)
+    return within(worst, 1e-9, "matrix products, relative difference")
+
+
+def raises(kind):
+    """A context in which `kind` must be raised with a message of one line."""
+
+    @contextlib.contextmanager
+    def check():
+        try:
+            yield
+        except kind as e:
+            assert str(e) and "\n" not in str(e), f"not one line: {e}"
+            return
+        raise AssertionError(f"no {kind.__name__} was raised")
+
+    return check()
+
+
+# ---- the bound -----------------------------------------------------------------------------------
+
+
+def every_mask(S):
+    """(2^S - 1, S) bool: all non-empty sets of masked places."""
+    rows = [r for r in itertools.product((False, True), repeat=S) if any(r)]
+    return torch.tensor(rows)
+
+
+def exact_bound(net, x0):
+    """(count form, rate form) in nats per token of sequences x0 (B, N), by enumeration.
+
+    Both weigh the summed cross-entropy of a mask set of size k in one block:
+    counts: P(k) P(M | k) S/k = 1/S / C(S,k) * S/k; rates: the integral over m of
+    m^(k-1) (1-m)^(S-k) = (k-1)! (S-k)! / S!.
+    """
+    c = net.config
+    S, nb = c.block_size, c.seq_len // c.block_size
+    counts = rates = 0.0
+    for mask in every_mask(S):
+        k = int(mask.sum())
+        everywhere = mask.repeat(nb).expand_as(x0)
+        xt = x0.masked_fill(everywhere, c.mask_id)
+        index = everywhere.flatten().nonzero()[:, 0]
+        with torch.no_grad():
+            logits = net.masked_logits(x0, xt, index)
+        nll = F.cross_entropy(logits, x0.flatten()[index], reduction="sum").item() / x0.numel()
+        counts += nll / math.comb(S, k) / k
+        rates += nll * math.factorial(k - 1) * math.factorial(S - k) / math.factorial(S)
+    return counts, rates
+
+
+def test_bound_noise_laws_agree():
+    """balanced and uniform noise, all blocks or one target block, estimate the same exact bound."""
+    net = tiny_model(seq_len=12, block_size=4, vocab_size=5, n_embd=16, n_head=2, std=0.5)
+    x0 = tokens_for(net, batch=2)
+    counts, rates = exact_bound(net, x0)
+    assert abs(counts - rates) < 1e-6, (counts, rates)
+    many, draws = x0.repeat(500, 1), {}
+    for name, make, law in (
+        ("balanced", corrupt.corrupt_all_blocks, "balanced"),
+        ("uniform", corrupt.corrupt_all_blocks, "uniform"),
+        ("target balanced", corrupt.corrupt_target_block, "balanced"),
+        ("target uniform", corrupt.corrupt_target_block, "uniform"),
+    ):
+        losses = []
+        for seed in range(12):
+            noisy = make(many, 4, 5, generator(seed), law=law, m_min=1e-6, weighting="elbo")
+            with torch.no_grad():
+                if make is corrupt.corrupt_all_blocks:
+                    index = noisy.mask.flatten().nonzero()[:, 0]
+                    logits = net.masked_logits(many, noisy.xt, index)
+                    weight, targets = noisy.weight.flatten()[index], many.flatten()[index]
+                    blocks = many.numel() // 4
+                else:
+                    logits, weight, targets, blocks = net(noisy.xt), noisy.weight, many, len(many)
+                losses.append(corrupt.masked_diffusion_loss(logits, targets, weight, blocks).item())
+        mean, error = np.mean(losses), np.std(losses, ddof=1) / math.sqrt(len(losses))
+        draws[name] = abs(mean - counts) / error
+        assert error < 0.02, (name, mean, error)
+    worst = max(draws.values())
+    return within(worst, 4.5, f"exact {counts:.4f} nats/token in both forms; std errors off")
+
+
+def test_bound_at_block_size_1():
+    """S = 1, balanced: exactly a token-by-token loop of next-token conditionals."""
+    net = tiny_model(seq_len=10, block_size=1)
+    x0 = tokens_for(net, batch=2)
+    noisy, index = noisy_for(net, x0)
+    assert noisy.mask.all() and (noisy.weight == 1).all()
+    loss = train.Loss(net)(20, x0, noisy.xt, noisy.weight, index).item()
+    total = 0.0
+    for row in x0:
+        for i in range(10):  # the last position is [MASK], all before it are clean
+            window = torch.cat([row[:i], torch.tensor([11])])[None]
+            total -= net(window)[0, -1].log_softmax(-1)[row[i]].item()
+    return within(abs(loss - total / 20), 2e-6)
+
+
+def test_weighting_cascade():
+    """weighting="cascade" is not the bound: it grows like log(1 / m_min); "elbo" does not."""
+    B, S = 100_000, 16
+    x0, ones = torch.zeros(B, S, dtype=torch.long), torch.zeros(B, S, 3)
+    found = {}
+    for m_min in (1e-1, 1e-2, 1e-3):
+        for weighting in corrupt.WEIGHTINGS:
+            noisy = corrupt.corrupt_target_block(
+                x0, S, 3, generator(1), m_min=m_min, weighting=weighting
+            )
+            # all logits equal: every cross-entropy is log 3, so the loss is the mean weight
+            loss = corrupt.masked_diffusion_loss(ones, x0, noisy.weight, B).item() / math.log(3)
+            found[weighting, m_min] = loss
+        expected = math.log(1 / m_min) / (1 - m_min)
+        got = found["cascade", m_min]
+        assert abs(got / expected - 1) < 0.02, (m_min, got, expected)
+        elbo = found["elbo", m_min]
+        assert abs(elbo - 1) < 0.02, (m_min, elbo)
+    # and per example it is (1/m) * mean over the loss mask
+    noisy = corrupt.corrupt_target_block(x0[:99], S, 3, generator(2), weighting="cascade")
+    nll = torch.rand(99, S, generator=generator(3))
+    by_hand = [
+        nll[i][noisy.mask[i]].mean().double() / noisy.m[i, 0] for i in range(99)
+    ]
+    assert diff((noisy.weight * nll).sum(dim=1), torch.stack(by_hand)) < 1e-3
+    growth = ", ".join(f"{found['cascade', m]:.2f}" for m in (1e-1, 1e-2, 1e-3))
+    return f"times the loss: {growth} at m_min 0.1, 0.01, 0.001 = log(1/m_min)/(1-m_min); elbo 1.00"
+
+
+def test_evaluation():
+    """The validation bound: the exact one within its error, the same at any batch size."""
+    with data_folder() as folder:
+        split = dataset.load_dataset(folder).split("val")
+        net = tiny_model(seq_len=12, block_size=3, vocab_size=7)
+        few = [train.evaluate(net, split, 40, batch=size) for size in (40, 7, 1)]
+        assert all(abs(a - few[0][0]) < 1e-5 for a, _ in few), few
+        assert few[0] == train.evaluate(net, split, 40, batch=40), "not repeatable"
+        windows = len(split) // 12
+        mean, error = train.evaluate(net, split, windows, batch=64)
+        starts = np.linspace(0, len(split) - 12, windows).astype(np.int64)
+        exact, _ = exact_bound(net, torch.from_numpy(split.window(starts, 12)))
+        ar = tiny_model(seq_len=12, objective="ar", block_size=1, vocab_size=7)
+        x0 = torch.from_numpy(split.window(starts, 12))
+        nll = F.cross_entropy(ar.ar_logits(x0).mT, x0).item()
+        assert abs(train.evaluate(ar, split, windows)[0] - nll) < 1e-5
+        ratio = few[0][1] / error / math.sqrt(windows / 40)
+        assert 0.6 < ratio < 1.6, f"the error does not shrink as 1/sqrt(n): {ratio}"
+    return within(abs(mean - exact) / error, 4, f"exact {exact:.3f}, std errors off")
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def data_folder(tokens=4000):
+    """A small prepared dataset of 7 characters, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as root:
+        text = "".join("abcdef\n"[i] for i in (torch.arange(tokens) ** 2 // 3 % 7).tolist())
+        tokenizer = dataset.CharTokenizer("\nabcdef")
+        folder = Path(root) / "tiny"
+        with dataset.DatasetWriter(folder, tokenizer, source="a test") as writer:
+            cut = tokens * 3 // 4
+            for split, part in (("train", text[:cut]), ("val", text[cut:])):
+                writer.add(split, np.asarray(tokenizer.encode(part), np.uint8), len(part))
+            writer.finish()
+        yield folder
+
+
+TINY = {
+    "n_layer": 2, "n_head": 2, "n_embd": 16, "seq_len": 16, "block_size": 4, "batch_size": 8,
+    "max_minutes": 0, "log_every": 100, "eval_every": 1000, "final_windows": 8,
+    "eval_windows": 8, "sample_tokens": 0, "device": "cpu", "dtype": "float32",
+}
+
+
+def train_tiny(folder, **settings):
+    """A finished `train.Run` of a tiny model in this process, quietly, and what it printed."""
+    s = {**TINY, "dataset": f"{folder}", "out_dir": f"{folder}/out", "overwrite": True, **settings}
+    processes = machine.Processes()
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        run = train.Run(SimpleNamespace(**{**train.DEFAULTS, **s}), processes)
+        train.finish(run, train.train_loop(run))
+    return run, out.getvalue()
+
+
+def weights(run):
+    return torch.cat([p.detach().flatten() for p in run.model.parameters()])
+
+
+def test_memorisation():
+    """200 steps on one batch (4, 64), 128 tokens of vocabulary, S = 8: from log 128 to near 0."""
+    torch.manual_seed(0)
+    s = SimpleNamespace(**{**train.DEFAULTS, "dtype": "float32", "warmup_steps": 10})
+    net = cascade.CascadeLM(
+        cascade.CascadeConfig(
+            vocab_size=128, seq_len=64, block_size=8, n_layer=2, n_head=4, n_embd=128
+        )
+    )
+    optimizers = train.make_optimizers(net, s)
+    x0 = torch.randint(128, (4, 64), generator=generator())
+    losses = []
+    for step in range(200):
+        for optimizer, peak in zip(optimizers, (3e-3, 1e-2), strict=True):
+            optimizer.param_groups[0]["lr"] = peak * train.lr_factor(step, step / 200, s)
+        noisy, index = noisy_for(net, x0, seed=step)
+        loss = train.Loss(net)(32, x0, noisy.xt, noisy.weight, index)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    smooth = np.convolve(losses, np.ones(25) / 25, mode="valid")[::25]
+    assert abs(losses[0] - math.log(128)) < 0.05, losses[0]
+    assert all(b < a for a, b in itertools.pairwise(smooth)), smooth
+    return within(np.mean(losses[-10:]), 0.5, f"from {losses[0]:.2f}; last ten losses' mean")
+
+
+def test_muon():
+    """Against torch.optim.Muon, whose products are in bf16; and the singular values it promises."""
+    g = torch.randn(3, 24, 40, generator=generator())
+    spectrum = torch.linalg.svdvals(muon.orthogonalize(g))
+    assert 0.5 < spectrum.min() and spectrum.max() < 1.4, spectrum
+    tall = muon.orthogonalize(g.mT.contiguous())
+    assert diff(tall, muon.orthogonalize(g).mT) < 1e-5
+    if not hasattr(torch.optim, "Muon"):
+        raise Skip(f"torch {torch.__version__} has no torch.optim.Muon to compare with")
+    start = torch.randn(24, 40, generator=generator(1))
+    theirs, mine = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
+    options = {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.95}
+    a = torch.optim.Muon([theirs], adjust_lr_fn="match_rms_adamw", **options)
+    b = muon.Muon([mine], **options)
+    for i in range(20):
+        theirs.grad = torch.randn(24, 40, generator=generator(i))
+        mine.grad = theirs.grad.clone()
+        a.step()
+        b.step()
+    moved = (theirs - start).norm()
+    return within(((mine - theirs).norm() / moved).item(), 0.02, "relative difference of 20 steps")
+
+
+def test_seeds_and_micro_batches():
+    """The same seed gives the same weights bitwise, another seed others; accumulation is exact."""
+    with data_folder() as folder:
+
+        def trained(**settings):
+            return weights(train_tiny(folder, max_steps=12, **settings)[0])
+
+        runs = [trained(seed=seed) for seed in (1, 1, 2)]
+        assert (runs[0] == runs[1]).all() and (runs[0] != runs[2]).any()
+        parts = [trained(seed=1, micro_batch=size) for size in (4, 2)]
+        ar = [trained(objective="ar", block_size=1, micro_batch=size) for size in (0, 2)]
+    assert diff(*ar) < 1e-4, diff(*ar)
+    return within(max(diff(p, runs[0]) for p in parts), 1e-4, "micro-batches, weights max|diff|")
+
+
+def test_resume_is_bitwise():
+    """Stopped at step 10 of 20 and resumed: the weights of the run that was never stopped."""
+    with data_folder() as folder:
+        whole, _ = train_tiny(folder, max_steps=20, out_dir=f"{folder}/a", eval_every=5)
+
+        class Halted(train.Run):
+            def train_step(self, progress):
+                if self.step == 10:
+                    os.kill(os.getpid(), 2)  # SIGINT: the loop finishes this step and saves
+                return super().train_step(progress)
+
+        original, train.Run = train.Run, Halted
+        try:
+            part, said = train_tiny(folder, max_steps=20, out_dir=f"{folder}/b", eval_every=5)
+        finally:
+            train.Run = original
+        assert part.step == 11 and "--init_from=resume" in said, (part.step, said)
+        rest, _ = train_tiny(
+            folder, max_steps=20, out_dir=f"{folder}/b", eval_every=5, init_from="resume"
+        )
+        assert rest.step == 20
+        with raises(configurator.SettingsError):
+            train_tiny(folder, out_dir=f"{folder}/b", init_from="resume", seed=5, max_steps=20)
+        with raises(configurator.SettingsError):
+            train_tiny(folder, out_dir=f"{folder}/b", overwrite=False, max_steps=20)
+        assert (weights(whole) == weights(rest)).all(), diff(weights(whole), weights(rest))
+        assert whole.bound == rest.bound
+    return "0 bits of difference after stopping at step 11 of 20"
+
+
+def test_two_processes():
+    """torchrun with 2 gloo processes: the losses and the bound of one process."""
+    with data_folder() as folder:
+        settings = [
+            f"--{k}={v}" for k, v in {**TINY, "max_steps": 10, "log_every": 1, "seed": 3}.items()
+        ]
+        printed = []
+        for launch in ([sys.executable], [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+        ]):
+            run = subprocess.run(
+                [*launch, "train.py", *settings, f"--dataset={folder}",
+                 f"--out_dir={folder}/{len(launch)}"],
+                cwd=HERE, capture_output=True, text=True, check=False, timeout=120,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            assert run.returncode == 0, run.stderr[-500:]
+            printed.append(run.stdout)
+        states = [checkpoint.load_checkpoint(f"{folder}/{n}/last.pt") for n in (1, 5)]
+        worst = max(diff(a, states[1]["model"][k]) for k, a in states[0]["model"].items())
+        bounds = [s["bound"][0] for s in states]
+        assert abs(bounds[0] - bounds[1]) < 1e-5, bounds
+        losses = [[part.split("loss ")[1][:5] for part in p.splitlines() if "| loss" in part]
+                  for p in printed]
+        assert len(losses[0]) == 10, printed[0]
+        worst_loss = max(abs(float(a) - float(b)) for a, b in zip(*losses, strict=True))
+        assert worst_loss <= 0.0011, losses
+    return within(worst, 1e-4, "weights after 10 steps, max|diff|")
+
+
+def test_bfloat16_autocast():
+    """Under bf16 autocast logits and loss are float32 and near those of float32; Muon too."""
+    net = tiny_model(std=0.1)
+    x0 = tokens_for(net)
+    noisy, index = noisy_for(net, x0)
+    exact = train.Loss(net)(15, x0, noisy.xt, noisy.weight, index)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert net(x0).dtype == torch.float32
+        loss = train.Loss(net)(15, x0, noisy.xt, noisy.weight, index)
+    loss.backward()
+    assert loss.dtype == torch.float32 and all(p.grad.dtype == p.dtype for p in net.parameters())
+    with data_folder() as folder:
+        run, _ = train_tiny(folder, max_steps=5, dtype="bfloat16")
+        assert torch.isfinite(weights(run)).all()
+    return within(abs(loss.item() - exact.item()) / exact.item(), 0.01, "relative difference")
+
+
+def test_training_goes_by_the_clock():
+    """max_minutes ends the run on time with the learning rate at its end."""
+    with data_folder() as folder:
+        began = time.perf_counter()
+        run, said = train_tiny(folder, max_minutes=0.05, warmup_steps=2, log_every=5)
+        seconds = time.perf_counter() - began
+        assert 3.0 <= run.seconds < 4.0, run.seconds
+        last = [line for line in said.splitlines() if line.startswith("step ")][-1]
+        lr = float(last.split("lr ")[1].split()[0])
+        assert lr < 0.05 * train.learning_rate, last
+        assert "eta 0.0m" in last and run.step > 20, last
+    return f"3.0 s asked, {run.seconds:.2f} s used, {seconds:.1f} s in all, {run.step} steps"
+
+
+# ---- settings, checkpoints, commands -------------------------------------------------------------
+
+
+def test_configurator():
+    """Typed overrides; wrong names, types and files are refused with the nearest name."""
+    defaults = {"steps": 100, "rate": 1e-3, "name": "a", "flag": True}
+    with tempfile.TemporaryDirectory() as folder:
+        good, bad = Path(folder, "good.py"), Path(folder, "bad.py")
+        good.write_text("steps = 8 * 4  # arithmetic\nrate = 1\n_private = [1]\nimport math\n")
+        cases = [
+            (["--steps=1e3"], "steps", 1000), (["--steps=0"], "steps", 0),
+            (["--rate=1"], "rate", 1.0), (["--rate=-2.5e-4"], "rate", -2.5e-4),
+            (["--flag=false"], "flag", False), (["--flag=0"], "flag", False),
+            (["--flag=True"], "flag", True), (["--name=a=b"], "name", "a=b"),
+            (["--name="], "name", ""), (["--name=1e3"], "name", "1e3"),
+            ([str(good)], "steps", 32), ([str(good)], "rate", 1.0),
+            ([str(good), "--steps=7"], "steps", 7), (["--steps=7", str(good)], "steps", 32),
+            (["--steps=12345678901234567"], "steps", 12345678901234567),
+        ]
+        for argv, key, value in cases:
+            got = configurator.override(defaults, argv)[key]
+            assert got == value and type(got) is type(value), (argv, got)
+        refused = [
+            ["--stesp=1"], ["--steps=1.5"], ["--steps=x"], ["--rate=fast"], ["--flag=yes"],
+            ["--steps"], ["nowhere.py"], ["--steps=nan"], ["--steps=inf"], ["-steps=1"],
+        ]
+        for text in ("stesp = 3", "steps = 'x'", "steps = 1.5", "flag = 2", "1 +", "1 / 0"):
+            bad.write_text(text)
+            with raises(configurator.SettingsError):
+                configurator.override(defaults, [str(bad)])
+        for argv in refused:
+            with raises(configurator.SettingsError):
+                configurator.override(defaults, argv)
+        try:
+            configurator.override(defaults, ["--stesp=1"])
+        except configurator.SettingsError as e:
+            assert "did you mean steps?" in str(e)
+    assert configurator.override(defaults, []) == defaults
+    return f"{len(cases)} good, {len(refused) + 6} refused"
+
+
+def test_checkpoint_round_trip():
+    """A checkpoint rebuilds its own model, with settings far from the defaults."""
+    net = tiny_model(
+        n_kv_head=2, tie_embeddings=True, qk_norm=False, rope_base=500.0, norm_eps=1e-4
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "last.pt")
+        state = {"config": asdict(net.config), "model": net.state_dict(), "bound": [1.5, math.inf]}
+        checkpoint.save_checkpoint(path, state)
+        other, loaded = checkpoint.load_model(folder)
+        x0 = tokens_for(net)
+        assert other.config == net.config and (other(x0) == net.eval()(x0)).all()
+        assert loaded["bound"] == [1.5, math.inf] and not list(Path(folder).glob("*.tmp"))
+    return "config equal, logits bitwise equal"
+
+
+def test_checkpoint_damage():
+    """Truncated, bit-flipped, foreign, malicious and ill-shaped files: one line, no code run."""
+    net = tiny_model()
+    with tempfile.TemporaryDirectory() as folder:
+        path, proof = Path(folder, "last.pt"), Path(folder, "proof")
+        state = {"config": asdict(net.config), "model": net.state_dict()}
+        checkpoint.save_checkpoint(path, state)
+        good = path.read_bytes()
+        checkpoint.load_model(folder)  # so that what follows is refused for its damage
+
+        class Evil:
+            def __reduce__(self):
+                return (os.system, (f"touch {proof}",))
+
+        flips = harmless = 0
+        for place in range(0, len(good), len(good) // 200):
+            damaged = bytearray(good)
+            damaged[place] ^= 16
+            path.write_bytes(damaged)
+            try:
+                other, _ = checkpoint.load_model(folder)
+            except configurator.SettingsError as e:
+                assert "\n" not in str(e)
+                flips += 1
+                continue
+            harmless += 1  # a byte of padding in the archive: nothing that was stored has changed
+            assert checkpoint.digest(other.state_dict()) == checkpoint.digest(state["model"])
+        assert flips > harmless, (flips, harmless)
+        torch.save({"format": 1, "x": Evil()}, path)
+        foreign = [good[: len(good) // 2], good[:50], b"", b"not a checkpoint", path.read_bytes()]
+        for content in foreign:
+            path.write_bytes(content)
+            with raises(configurator.SettingsError):
+                checkpoint.load_model(folder)
+        assert not proof.exists(), "a checkpoint ran code"
+        wrong = {**state, "config": {**state["config"], "n_embd": 64}}
+        checkpoint.save_checkpoint(path, wrong)
+        with raises(configurator.SettingsError):
+            checkpoint.load_model(folder)
+        path.unlink()
+        with raises(configurator.SettingsError):
+            checkpoint.load_model(folder)
+    return (f"{flips} of {flips + harmless} bit flips (the others hit padding) and "
+            f"{len(foreign) + 2} other files refused")
+
+
+def test_config_guards():
+    """Impossible shapes are refused when the config is made."""
+    bad = [
+        {"seq_len": 10, "block_size": 3}, {"n_embd": 30, "n_head": 4}, {"n_embd": 12, "n_head": 4},
+        {"n_head": 6, "n_kv_head": 4}, {"objective": "gpt"}, {"objective": "ar", "block_size": 4},
+        {"n_layer": 0}, {"vocab_size": 0}, {"block_size": 0}, {"n_embd": -6},
+    ]
+    for shape in bad:
+        with raises(ValueError):
+            cascade.CascadeConfig(**shape)
+    net = tiny_model()
+    for tokens in (torch.zeros(1, 4), torch.zeros(1, 18)):
+        with raises(ValueError):
+            net(tokens.long())
+    return f"{len(bad) + 2} refused"
+
+
+def command(*argv, env=None, timeout=170):
+    """Run one of the scripts as a user does: (exit code, stdout, stderr)."""
+    run = subprocess.run(
+        [sys.executable, *argv], cwd=HERE, capture_output=True, text=True, check=False,
+        timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+    )
+    return run.returncode, run.stdout, run.stderr
+
+
+def test_commands_of_the_readme():
+    """The README's commands, made tiny: prepare by itself, train, resume, sample."""
+    with tempfile.TemporaryDirectory() as folder:
+        # a fresh clone: the raw text is there, the prepared files are not
+        root = Path(folder, "data")
+        out = f"--out_dir={folder}/out"
+        env = {"CASCADE_DATA": str(root)}
+        code, said, err = command("train.py", "config/smoke.py", out, env=env)
+        assert code == 0, err
+        assert "is not prepared yet" in said and (root / "shakespeare" / "meta.json").exists(), said
+        for part in ("validation bound <= ", "+-", "bits/byte", "sample, unedited",
+                     f"checkpoint: {folder}/out/best.pt", f"python sample.py {out}", "| val <= "):
+            assert part in said, f"{part!r} is missing in: {said}"
+        steps = train.DEFAULTS | configurator.override(train.DEFAULTS, ["config/smoke.py"])
+        code, said, err = command(
+            "train.py", "config/smoke.py", out, "--init_from=resume",
+            f"--max_steps={steps['max_steps'] + 5}", env=env,
+        )
+        assert code == 0 and f"after {steps['max_steps'] + 5} steps" in said, err + said
+        code, said, err = command(
+            "sample.py", out, "--prompt=ROMEO.", "--steps=2", "--max_new_tokens=30", env=env
+        )
+        assert code == 0 and said.startswith("ROMEO.") and len(said) == 6 + 30 + 1, (said, err)
+    return "train (which prepares the data), resume, sample"
+
+
+def test_bad_input():
+    """A user's mistake ends in one line with the remedy, exit code 1 or 2, no traceback."""
+    with data_folder() as folder:
+        train_tiny(folder, max_steps=1)
+        base = [f"--{k}={v}" for k, v in {**TINY, "max_steps": 1}.items()]
+        new = [*base, f"--out_dir={folder}/new", f"--dataset={folder}"]
+        cases = [
+            (train, ["--lerning_rate=1"], "did you mean learning_rate"),
+            (train, ["--seed=abc"], "seed must be int"),
+            (train, ["config/nowhere.py"], "no config file"),
+            (train, [*new, "--dataset=nowhere"], "no dataset"),
+            (train, [*new, "--seq_len=18"], "multiple of block_size"),
+            (train, [*new, "--n_head=3"], "not divisible"),
+            (train, [*new, "--n_head=16"], "even head dimension"),
+            (train, [*new, "--noise=white"], "--noise must be one of"),
+            (train, [*new, "--max_steps=0"], "set --max_steps or --max_minutes"),
+            (train, [*new, "--batch_size=7", "--micro_batch=2"], "must be a multiple"),
+            (train, [*new, "--batch_size=0"], "at least 1"),
+            (train, [*new, "--optimizer=sgd"], "muon or adamw"),
+            (train, [*new, "--attention=flex"], "needs CUDA"),
+            (train, [*new, "--dtype=float8"], "--dtype must be"),
+            (train, [*new, "--seq_len=4000"], "fewer than a sequence"),
+            (train, [*new, "--m_min=0"], "mask rates"),
+            (train, [*new, "--init_from=resume"], "no last.pt to resume"),
+            (train, [*new, f"--out_dir={folder}/out"], "holds a run already"),
+            (train, [*new, f"--out_dir={folder}/meta.json"], "cannot write"),
+            (train, [*new, "--learning_rate=1e30", "--optimizer=adamw", "--max_steps=9",
+                     "--warmup_steps=0", "--grad_clip=0"], "not finite"),
+            (sample, [f"--out_dir={folder}/nowhere"], "no checkpoint"),
+            (sample, [f"--out_dir={folder}/out", "--prompt=xyz"], "'xyz'"),
+        ]
+        for script, argv, expected in cases:
+            code, said = call_main(script, argv)
+            assert code in (1, 2), (argv, code, said)
+            assert said.startswith("error: ") and said.count("\n") == 1, (argv, said)
+            assert expected in said, (argv, said)
+        # a truncated file, a token outside the vocabulary
+        binary = folder / "train.bin"
+        good = binary.read_bytes()
+        for content, expected in ((good[:-5], "train.bin"), (b"", "train.bin"),
+                                  (good[:-1] + b"\x07", "train.bin")):
+            binary.write_bytes(content)
+            code, said = call_main(train, new)
+            assert code in (1, 2) and expected in said and said.count("\n") == 1, said
+        code, _, err = command("train.py", "--lerning_rate=1")
+        assert code == 2 and err.count("\n") == 1, err
+    return f"{len(cases) + 4} mistakes, one line each"
+
+
+def call_main(script, argv):
+    """(exit code, stderr) of a script's main in this process; its errors leave by sys.exit."""
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = script.main(argv)
+        except SystemExit as e:
+            code = e.code
+    return code, err.getvalue()
+
+
+# ---- the runner ----------------------------------------------------------------------------------
+
+
+def main(words):
+    """Run the tests whose name holds one of `words` (all without any); 0 if none failed."""
+    tests = {
+        name[5:]: f for name, f in globals().items()
+        if name.startswith("test_") and (not words or any(w in name for w in words))
+    }
+    if not tests:
+        print(f"error: no test has {' or '.join(words)} in its name", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)  # the models here are tiny: a second thread would only wait
+    count = {"PASS": 0, "FAIL": 0, "SKIP": 0}
+    for name, test in tests.items():
+        began = time.perf_counter()
+        try:
+            verdict, line = "PASS", test()
+        except Skip as e:
+            verdict, line = "SKIP", str(e)
+        except Exception as e:
+            verdict, line = "FAIL", f"{type(e).__name__}: {e}"
+            traceback.print_exc()
+        count[verdict] += 1
+        print(f"{verdict}  {name:34s} {time.perf_counter() - began:6.1f}s  {line}", flush=True)
+    skipped = f", {count['SKIP']} skipped" if count["SKIP"] else ""
+    print(f"{count['PASS']} passed, {count['FAIL']} failed{skipped}")
+    return 1 if count["FAIL"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
