@@ -530,7 +530,11 @@ def write_char_dataset(folder, text, source, val=0.1):
 # -- prepare scripts -------------------------------------------------------------------------------
 
 class Arguments(argparse.ArgumentParser):
-    """argparse whose errors are one line."""
+    """argparse with one-line errors; --help prints the description as it is written."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
         sys.exit(f"error: {message} (--help lists the options)")
