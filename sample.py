@@ -449,20 +449,27 @@ def load(s):
     return model, Tokenizer.from_meta(state["meta"])
 
 
+def options(s, tokenizer):
+    """The fields of Sampling that the settings ask for."""
+    stop_ids = tokenizer.encode(s.stop)
+    if len(stop_ids) > 1:
+        raise SettingsError(f"--stop={s.stop!r} is {len(stop_ids)} tokens, not one")
+    return {
+        "rule": s.rule, "steps": s.steps, "temperature": s.temperature, "top_k": s.top_k,
+        "top_p": s.top_p, "tau": s.tau, "gamma": s.gamma, "seed": s.seed,
+        "stop_token": stop_ids[0] if stop_ids else None,
+    }
+
+
 def command(argv):
     """Run the command; its exit code."""
     s = SimpleNamespace(**override(DEFAULTS, argv))
     model, tokenizer = load(s)
     ids = tokenizer.encode(read_prompt(s.prompt))
-    stop_ids = tokenizer.encode(s.stop)
-    if len(stop_ids) > 1:
-        raise SettingsError(f"--stop={s.stop!r} is {len(stop_ids)} tokens, not one")
     if s.num_samples < 1:
         raise SettingsError(f"--num_samples must be at least 1, not {s.num_samples}")
     stream = generate_stream(
-        model, [ids] * s.num_samples, s.max_new_tokens, rule=s.rule, steps=s.steps,
-        temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, tau=s.tau, gamma=s.gamma,
-        seed=s.seed, stop_token=stop_ids[0] if stop_ids else None,
+        model, [ids] * s.num_samples, s.max_new_tokens, **options(s, tokenizer)
     )
     live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     display = Display(tokenizer, model.config.mask_id) if live else nullcontext()

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -117,6 +118,24 @@ def micro_batches(s, mask_id, split, step, rank, world):
     xt = x0.masked_fill(mask, mask_id)
     index = [m.flatten().nonzero()[:, 0] for m in mask.split(size)]
     return list(zip(x0.split(size), xt.split(size), weight.split(size), index, strict=True))
+
+
+class Prefetch:
+    """`prefetch(step)` is make(step), made by a thread while the step before was computing.
+
+    `waited` counts the seconds the training loop had to wait for data.
+    """
+
+    def __init__(self, make):
+        self.make, self.pool, self.waited = make, ThreadPoolExecutor(1), 0.0
+        self.next_step, self.future = None, None
+
+    def __call__(self, step):
+        began = time.perf_counter()
+        batch = self.future.result() if step == self.next_step else self.make(step)
+        self.next_step, self.future = step + 1, self.pool.submit(self.make, step + 1)
+        self.waited += time.perf_counter() - began
+        return batch
 
 
 def load_data(s, processes):
@@ -273,6 +292,7 @@ class Run:
         if s.compile:
             for block in self.model.blocks:
                 block.compile(dynamic=False)
+        self.batches = Prefetch(self.make_batches)
         self.loss = Loss(self.model)
         if processes.world > 1:
             self.loss = nn.parallel.DistributedDataParallel(self.loss)
@@ -304,6 +324,14 @@ class Run:
             by_clock = self.processes.from_main(by_clock, s.device)
         return min(1.0, max(by_steps, by_clock))
 
+    def make_batches(self, step):
+        """The micro-batches of a step, in pinned memory where a GPU will fetch them."""
+        batches = micro_batches(
+            self.s, self.config.mask_id, self.data.split("train"), step, self.processes.rank,
+            self.processes.world,
+        )
+        return [[t.pin_memory() for t in b] for b in batches] if self.on_cuda else batches
+
     def train_step(self, progress):
         """One optimizer step; returns this process's share of the loss (a tensor)."""
         s, world = self.s, self.processes.world
@@ -311,10 +339,7 @@ class Run:
         for optimizer, peak in zip(self.optimizers, (s.learning_rate, s.muon_lr), strict=False):
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
-        split = self.data.split("train")
-        batches = micro_batches(
-            s, self.config.mask_id, split, self.step, self.processes.rank, world
-        )
+        batches = self.batches(self.step)
         count = s.batch_size * s.seq_len // s.block_size
         total = 0.0
         for i, batch in enumerate(batches):

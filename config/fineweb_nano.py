@@ -1,0 +1,23 @@
+"""CASCADE-nano as it is defined: 12M parameters, 512 tokens of context, 200M tokens of FineWeb-Edu.
+
+    python data/fineweb_edu/prepare.py --tokens=200M     400 MB on disk; readme.md there
+    python train.py config/fineweb_nano.py
+
+Not measured on GPU yet. 2 P + 4 P FLOPs per token and stream on 2.7M parameters outside the
+embedding, and the head on masked tokens alone: about 1e16 FLOPs in all.
+"""
+
+out_dir = "out/fineweb_nano"
+dataset = "fineweb_edu"
+n_layer = 6
+n_head = 6
+n_embd = 192  # 50,258 x 192 = 9.6M tied embeddings + 6 layers of 0.44M = 12.3M
+tie_embeddings = True
+seq_len = 512
+block_size = 16
+batch_size = 64  # 64 x 512 = 32,768 tokens
+max_steps = 6104  # x 32,768 = 200M tokens
+max_minutes = 0
+warmup_steps = 200
+log_every = 50
+eval_every = 500
