@@ -2,6 +2,7 @@
 
     {"format": 1, "config": {...}, "settings": {...}, "meta": {...}, "model": {name: tensor},
      "optimizers": [...], "step": int, "seconds": float, "bound": [mean, standard error],
+     "final": the same on more windows, "best": float, "best_step": int,
      "torch": "2.13.0", "digest": sha256 of everything else}
 
 `meta` is the dataset's meta.json, so text is decoded without the dataset. The file is loaded with
@@ -111,7 +112,8 @@ def load_model(where, device="cpu"):
 
 # ---- starting and resuming a run ---------------------------------------------------------------
 
-# what may differ between a run and its resumption: it moves no number but the schedule's end
+# what may differ between a run and its resumption: the schedule's end, reports, and what moves
+# numbers by rounding alone
 HARMLESS = {
     "out_dir", "init_from", "overwrite", "max_steps", "max_minutes", "log_every", "eval_every",
     "eval_windows", "final_windows", "sample_tokens", "device", "dtype", "attention", "compile",

@@ -178,12 +178,9 @@ def flex_two_stream_attention(q, k, v, block_mask):
     Uncompiled it materialises the scores, and on a CPU it has no backward: tests use it so.
     """
 
-    def join(x):  # (streams, B, H, N, D) -> (B, H, streams * N, D)
-        return x.permute(1, 2, 0, 3, 4).flatten(2, 3)
-
-    gqa = q.shape[2] != k.shape[2]
-    y = flex_attention(join(q), join(k), join(v), block_mask=block_mask, enable_gqa=gqa)
-    return y.unflatten(2, (len(q), -1)).permute(2, 0, 1, 3, 4)
+    q, k, v = (torch.cat(x.unbind(), dim=2) for x in (q, k, v))  # (B, H, streams * N, D)
+    y = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+    return torch.stack(y.split(k.shape[2] // 2, dim=2))
 
 
 class BlockCache:

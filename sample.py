@@ -37,7 +37,7 @@ num_samples = 1
 max_new_tokens = 500
 rule = "confidence"  # random, confidence, threshold, entropy, left_to_right
 steps = 0  # K, forward passes per block, 1..S; 0 = S. threshold and entropy choose by themselves
-temperature = 1.0  # 0 = greedy
+temperature = 0.8  # 1 = the trained distribution, 0 = greedy
 top_k = 0  # keep the k most probable tokens; 0 = all
 top_p = 1.0  # keep the most probable tokens up to this much probability
 tau = 0.9  # rule threshold: reveal what is at least this certain

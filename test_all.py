@@ -755,7 +755,7 @@ def test_resume_is_bitwise():
         with raises(configurator.SettingsError):
             train_tiny(folder, out_dir=f"{folder}/b", overwrite=False, max_steps=20)
         assert (weights(whole) == weights(rest)).all(), diff(weights(whole), weights(rest))
-        assert whole.bound == rest.bound
+        assert whole.final == rest.final
     return "0 bits of difference after stopping at step 11 of 20"
 
 
@@ -779,7 +779,7 @@ def test_two_processes():
             printed.append(run.stdout)
         states = [checkpoint.load_checkpoint(f"{folder}/{n}/last.pt") for n in (1, 5)]
         worst = max(diff(a, states[1]["model"][k]) for k, a in states[0]["model"].items())
-        bounds = [s["bound"][0] for s in states]
+        bounds = [s["final"][0] for s in states]
         assert abs(bounds[0] - bounds[1]) < 1e-5, bounds
         losses = [[part.split("loss ")[1][:5] for part in p.splitlines() if "| loss" in part]
                   for p in printed]
@@ -960,7 +960,7 @@ def test_commands_of_the_readme():
         assert code == 0, err
         assert "is not prepared yet" in said and (root / "shakespeare" / "meta.json").exists(), said
         for part in ("validation bound <= ", "+-", "bits/byte", "sample, unedited",
-                     f"checkpoint: {folder}/out/best.pt", f"python sample.py {out}", "| val <= "):
+                     f"checkpoint: {folder}/out/last.pt", f"python sample.py {out}", "| val <= "):
             assert part in said, f"{part!r} is missing in: {said}"
         steps = train.DEFAULTS | configurator.override(train.DEFAULTS, ["config/smoke.py"])
         code, said, err = command(

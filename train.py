@@ -32,6 +32,8 @@ from dataset import DataError, data_root, load_dataset, ships_with_repository
 from machine import Processes, choose_machine, peak_flops
 from model import CascadeConfig, CascadeLM
 from muon import Muon
+from sample import DEFAULTS as SAMPLE
+from sample import generate
 
 # ---- settings: each can be set in a config file or as --name=value -----------------------------
 # where
@@ -176,9 +178,9 @@ def evaluate(model, split, windows, seed=0, batch=16, autocast=nullcontext, proc
     """(mean, standard error) in nats per token over fixed windows, the same on every call.
 
     Diffusion: the bound, `balanced` noise from a fixed generator. objective "ar": the exact NLL.
-    Windows are spread evenly over the split without overlap; noise depends on the window alone,
-    so the figure is the same at any batch size and number of processes. The error is taken over
-    windows, which the strata make a little too large: they are drawn jointly.
+    Windows are spread evenly over the split without overlap, and the noise is drawn for all of
+    them at once, so the figure is the same at any batch size and number of processes. The error
+    is that of independent windows: a little too large, since the strata span several.
     """
     c = model.config
     where = next(model.parameters()).device
@@ -242,6 +244,7 @@ def lr_factor(step, progress, s):
 
 # ---- checking the settings ---------------------------------------------------------------------
 
+
 def check_settings(s, world):
     """Everything that can be refused before the first step is refused here, in one line."""
     if s.noise not in NOISE_LAWS:
@@ -286,12 +289,15 @@ class Run:
         torch.set_float32_matmul_precision("high")
         self.model = CascadeLM(self.config, s.attention).to(s.device)
         self.optimizers = make_optimizers(self.model, s)
-        self.step, self.seconds, self.bound, self.best = 0, 0.0, (math.nan, math.nan), math.inf
+        self.step, self.seconds = 0, 0.0
+        self.bound = self.final = (math.nan, math.nan)  # mean and standard error
+        self.best, self.best_step = math.inf, 0
         if s.init_from == "resume":
             self.restore(load_checkpoint(Path(s.out_dir) / "last.pt", s.device))
         if s.compile:
             for block in self.model.blocks:
-                block.compile(dynamic=False)
+                # exact counts keep every shape static; Bernoulli masks do not
+                block.compile(dynamic=False if s.noise == "balanced" else None)
         self.batches = Prefetch(self.make_batches)
         self.loss = Loss(self.model)
         if processes.world > 1:
@@ -379,7 +385,7 @@ class Run:
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "step": self.step, "seconds": self.seconds, "bound": list(self.bound),
-            "best": self.best,
+            "final": list(self.final), "best": self.best, "best_step": self.best_step,
         }
 
     def restore(self, state):
@@ -389,11 +395,13 @@ class Run:
             optimizer.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
         self.bound, self.best = tuple(state["bound"]), state["best"]
+        self.best_step = state["best_step"]
 
     def save(self):
         """last.pt always; best.pt too when the bound is the best so far."""
-        is_best = self.bound[0] <= self.best
-        self.best = min(self.best, self.bound[0])
+        is_best = self.bound[0] < self.best
+        if is_best:
+            self.best, self.best_step = self.bound[0], self.step
         if self.processes.main:
             state = self.state()
             save_checkpoint(Path(self.s.out_dir) / "last.pt", state)
@@ -402,18 +410,22 @@ class Run:
 
 
 class Stop:
-    """SIGINT and SIGTERM ask the loop to finish its step and save; a second one ends at once."""
+    """SIGINT and SIGTERM ask the loop to finish its step and save; a later one ends at once.
+
+    Later means by a second: torchrun repeats to its workers what the terminal has sent them.
+    """
 
     def __init__(self):
-        self.asked = False
+        self.asked, self.at = False, 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.ask)
 
     def ask(self, number, _frame):
-        if self.asked:
+        if self.asked and time.monotonic() > self.at + 1:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.asked = True
+        if not self.asked:
+            self.asked, self.at = True, time.monotonic()
 
 
 def report(run, loss, lr, rate, mfu, left):
@@ -470,34 +482,38 @@ def train_loop(run):
 
 def finish(run, complete):
     """The bound with its standard error, a sample, where things lie and what to try next."""
-    s = run.s
+    s, val = run.s, run.data.split("val")
     if complete:
-        run.bound = run.evaluate(s.final_windows)
+        run.bound, run.final = run.evaluate(s.eval_windows), run.evaluate(s.final_windows)
     run.save()
     if not run.processes.main:
         return
-    command = f"python train.py{''.join(' ' + a for a in sys.argv[1:] if 'init_from' not in a)}"
     if not complete:
+        command = " ".join(["python train.py", *(a for a in sys.argv[1:] if "init_from" not in a)])
         print(f"stopped at step {run.step}, saved; go on with\n  {command} --init_from=resume")
         return
-    mean, error = run.bound
-    bytes_per_token = run.data.split("val").bytes_per_token
+    mean, error = run.final
     kind, sign = ("bound", "<=") if s.objective == "diffusion" else ("NLL", "=")
+    windows = min(s.final_windows, len(val) // s.seq_len)
+    waited = run.batches.waited / max(run.seconds, 1e-9)
     print(
         f"\nvalidation {kind} {sign} {mean:.4f} +- {error:.4f} nats/token, "
-        f"{sign} {mean / math.log(2) / bytes_per_token:.4f} bits/byte, on "
-        f"{min(s.final_windows, len(run.data.split('val')) // s.seq_len)} windows of {s.seq_len}, "
-        f"after {run.step} steps = {run.step * s.batch_size * s.seq_len:,} tokens "
-        f"in {run.seconds / 60:.1f} minutes"
+        f"{sign} {mean / math.log(2) / val.bytes_per_token:.4f} bits/byte, on {windows} windows of "
+        f"{s.seq_len}\nafter {run.step} steps = {run.step * s.batch_size * s.seq_len:,} tokens in "
+        f"{run.seconds / 60:.1f} minutes, {waited:.1%} of them waiting for data"
     )
     if s.sample_tokens:
-        from sample import generate
-
-        print("\n---- a sample, unedited " + "-" * 40)
-        tokens = generate(run.model, [[]], s.sample_tokens, seed=s.seed)[0]
-        print(run.data.tokenizer.decode(tokens))
-        print("-" * 64)
-    print(f"\ncheckpoint: {s.out_dir}/best.pt\nnext:       python sample.py --out_dir={s.out_dir}")
+        heat = SAMPLE["temperature"]
+        print(f"\n---- a sample, unedited: temperature {heat}, seed {s.seed} ".ljust(80, "-"))
+        with run.autocast():
+            rows = generate(
+                run.model.eval(), [[]], s.sample_tokens, temperature=heat, seed=s.seed
+            )
+        print(run.data.tokenizer.decode(rows[0]) + "\n" + "-" * 79)
+    print(
+        f"\ncheckpoint: {s.out_dir}/last.pt; the best bound was at step {run.best_step}: best.pt\n"
+        f"next:       python sample.py --out_dir={s.out_dir}"
+    )
 
 
 def main(argv):
