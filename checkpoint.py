@@ -102,10 +102,10 @@ def load_model(where, device="cpu"):
     """(model in evaluation mode, state) of an out_dir or a checkpoint file."""
     path = find_checkpoint(where)
     state = load_checkpoint(path, device)
-    model = CascadeLM(CascadeConfig(**state["config"]))
     try:
+        model = CascadeLM(CascadeConfig(**state["config"]))
         model.load_state_dict(state["model"])
-    except RuntimeError:
+    except (KeyError, TypeError, RuntimeError):
         raise SettingsError(f"{path}: its tensors do not fit its own config") from None
     return model.to(device).eval(), state
 

@@ -21,14 +21,20 @@ def cpu_multiplies_bf16():
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
+def choose_device(name, local_rank=0):
+    """A device's name from the setting `device`; SettingsError for one that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, _ = name.partition(":")
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if not {"cpu": True, "cuda": cuda, "mps": mps}.get(kind):
+        raise SettingsError(f"--device={name} is not on this machine: use auto, cpu, cuda or mps")
+    return f"cuda:{local_rank}" if name == "cuda" else name
+
+
 def choose_machine(s, local_rank):
     """Resolve device, dtype, attention and compile to what will run; returns lines that say why."""
-    if s.device == "auto":
-        s.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if s.device == "cuda":
-        if not torch.cuda.is_available():
-            raise SettingsError("--device=cuda, but torch sees no GPU: use --device=cpu")
-        s.device = f"cuda:{local_rank}"
+    s.device = choose_device(s.device, local_rank)
     on_cuda = s.device.startswith("cuda")
     if s.dtype == "auto":
         if on_cuda:

@@ -50,7 +50,7 @@ def frames(s):
         model, [tokenizer.encode(s.prompt)], s.max_new_tokens, **sample.options(s, tokenizer)
     )
     for step in stream:
-        yield sample.wrap(display.pieces(step, 0, step.rows()[0]), s.columns)
+        yield sample.wrap(display.pieces(step, 0), s.columns)
 
 
 def svg(pictures, s):

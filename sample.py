@@ -15,6 +15,7 @@ the first pass of the next block, so K passes a block are all there are; NFE cou
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 import unicodedata
@@ -28,6 +29,7 @@ import torch
 from checkpoint import load_model
 from configurator import SettingsError, fail, override, public
 from dataset import DataError, Tokenizer
+from machine import choose_device
 from model import BlockCache
 
 # ---- settings ----------------------------------------------------------------------------------
@@ -239,17 +241,16 @@ def generate_stream(model, prompts, max_new_tokens, **options):
     generator = torch.Generator(where).manual_seed(o.seed)
     have = torch.tensor([len(row) for row in prompts], device=where)
     goal = have + max_new_tokens
-    text = torch.full((len(prompts), int(goal.max()) + 2 * S), c.mask_id, device=where)
-    for row, ids in zip(text, prompts, strict=True):
-        row[: len(ids)] = torch.tensor(ids, dtype=torch.long)
+    width = int(goal.max()) + 2 * S
+    text = [[*row, *[c.mask_id] * (width - len(row))] for row in prompts]
+    text = torch.tensor(text, device=where)
     start, settled, done, nfe = have // S * S, have.clone(), goal <= have, 0
     cache, pending = open_cache(model, text, start, c.seq_len - S)
-    yield Step(text[:, :0], text[:, :0] >= 0, start, settled, done, nfe, text)
+    yield Step(text[:, :0], text[:, :0] >= 0, have, settled, done, nfe, text)
     while not bool(done.all()):
         if cache.length + pending.shape[1] + (0 if ar else S) > cache.capacity:
             cache, pending = open_cache(model, text, start, c.seq_len // S // 2 * S)
-        # a finished row idles in its last place until all rows are finished
-        place = (start[:, None] + torch.arange(S, device=where)).clamp(max=text.shape[1] - 1)
+        place = start[:, None] + torch.arange(S, device=where)  # a finished row goes on, unseen
         block = text.gather(1, place)
         order = torch.rand(block.shape, generator=generator, dtype=torch.float64, device=where)
         steps_left = S if o.rule in ("threshold", "entropy") else o.steps
@@ -260,7 +261,7 @@ def generate_stream(model, prompts, max_new_tokens, **options):
             pending, nfe, steps_left = pending[:, :0], nfe + 1, steps_left - 1
             if not bool((block == c.mask_id).any()):
                 text.scatter_(1, place, block)
-                settled, done = settle(text, start + S, goal, have, o.stop_token, settled, done)
+                settled, done = settle(block, place, goal, have, o.stop_token, settled, done)
             yield Step(block, revealed, start, settled, done, nfe, text)
         pending, start = block, start + S
 
@@ -298,14 +299,13 @@ def open_cache(model, text, start, most):
     return BlockCache(c, len(text), c.seq_len, pad, text.device, dtype), pending
 
 
-def settle(text, end, goal, have, stop_token, settled, done):
-    """(settled, done) after a block that ends at `end`: cut at the goal or before a stop token."""
-    upto = torch.minimum(end, goal)
+def settle(block, place, goal, have, stop_token, settled, done):
+    """(settled, done) after a block at `place`: cut at the goal or before a stop token."""
+    upto = torch.minimum(place[:, -1] + 1, goal)
     finished = upto >= goal
     if stop_token is not None:
-        place = torch.arange(text.shape[1], device=text.device)
-        hit = (text == stop_token) & (place >= have[:, None]) & (place < upto[:, None])
-        first = torch.where(hit, place, text.shape[1]).amin(dim=1)
+        hit = (block == stop_token) & (place >= have[:, None])
+        first = torch.where(hit, place, upto[:, None]).amin(dim=1)
         upto, finished = torch.minimum(upto, first), finished | hit.any(dim=1)
     return torch.where(done, settled, upto), done | finished
 
@@ -339,7 +339,7 @@ def wrap(pieces, width):
     lines, used = [[]], 0
     for style, text in pieces:
         for char in printable(text):
-            size = columns(char)
+            size = 1 if char.isascii() else columns(char)
             if char == "\n" or used + size > width:
                 lines.append([])
                 used = 0
@@ -361,38 +361,36 @@ def styled(line):
 
 
 class Display:
-    """Redraws the last lines of every sample in place: masks dim, new tokens bright, settled text
-    plain. On leaving, the drawing is erased and the cursor shown, whatever happened."""
+    """Shows the end of every sample while it is written: masks dim, new tokens bright, settled
+    text plain. It draws on the terminal's alternate screen: a resized window or the echo of Ctrl-C
+    leaves nothing behind, and on leaving the old screen and the cursor return, whatever happened.
+    """
 
-    def __init__(self, tokenizer, mask_id, out=sys.stdout):
-        self.tokenizer, self.mask_id, self.out = tokenizer, mask_id, out
-        self.drawn = []  # widths of the lines on the screen
-        encoding = (out.encoding or "").lower().replace("-", "")
+    def __init__(self, tokenizer, mask_id, out=None):
+        self.tokenizer, self.mask_id, self.out = tokenizer, mask_id, out or sys.stdout
+        encoding = (self.out.encoding or "").lower().replace("-", "")
         self.glyph = "\u2591" if encoding.startswith("utf") else "_"
 
     def __enter__(self):
-        self.out.write("\x1b[?25l")
+        self.out.write("\x1b[?1049h\x1b[?25l")
         return self
 
     def __exit__(self, *_):
-        self.out.write(self._home() + "\x1b[J\x1b[?25h")
+        self.out.write("\x1b[?25h\x1b[?1049l")
         self.out.flush()
 
-    def _home(self):
-        """Codes that move to the top of the drawing. If the window was narrowed since, a line
-        now takes several rows: counted at the present width."""
-        width = max(1, shutil.get_terminal_size().columns)
-        rows = sum(max(1, -(-used // width)) for used in self.drawn)
-        return "\r" + (f"\x1b[{rows - 1}A" if rows > 1 else "")
+    def pieces(self, step, row, room=sys.maxsize):
+        """[(style, text)] of one row: its last `room` tokens or more, then the block in the making.
 
-    def pieces(self, step, row, settled):
-        """[(style, text)] of one row: settled text, then its block in the making."""
-        out = [(PLAIN, self.tokenizer.decode(settled))]
-        inside = step.block[row].tolist()
-        fresh = step.revealed[row].tolist()
-        for i, (token, new) in enumerate(zip(inside, fresh, strict=True)):
-            if int(step.start[row]) + i < len(settled):
-                continue  # fixed by the prompt, or settled by this pass
+        The cut moves by whole rooms, so that lines do not break anew with every token.
+        """
+        start, settled = int(step.start[row]), int(step.settled[row])
+        end = min(start, settled)
+        cut = max(0, end - room) // room * room
+        out = [(PLAIN, self.tokenizer.decode(step.text[row, cut:end].tolist()))]
+        shown = settled - end if step.done[row] else step.block.shape[1]
+        inside, fresh = step.block[row, :shown].tolist(), step.revealed[row, :shown].tolist()
+        for token, new in zip(inside, fresh, strict=True):
             if token == self.mask_id:
                 out.append((DIM, self.glyph))
             else:
@@ -401,19 +399,14 @@ class Display:
 
     def show(self, step):
         size = shutil.get_terminal_size()
-        height = max(1, (size.lines - 1) // len(step.text))
+        rows = min(len(step.text), size.lines)  # of more samples than lines, the first
+        height, width = size.lines // rows, max(1, size.columns - 1)
         lines = []
-        for row, settled in enumerate(step.rows()):
-            # a screenful of tokens is all that can be seen, however long the text has grown
-            tail = settled[-4 * size.columns * height :]
-            step_row = self.pieces(step, row, settled) if len(tail) == len(settled) else (
-                [(PLAIN, self.tokenizer.decode(tail))] + self.pieces(step, row, settled)[1:]
-            )
-            lines += wrap(step_row, max(1, size.columns - 1))[-height:]
-        frame = self._home() + "\x1b[J" + "\n".join(styled(line) for line in lines)
+        for row in range(rows):
+            lines += wrap(self.pieces(step, row, height * width), width)[-height:]
+        frame = "\x1b[H\x1b[J" + "\n".join(styled(line) for line in lines)
         self.out.write("\x1b[?2026h" + frame + "\x1b[?2026l")  # drawn at once where supported
         self.out.flush()
-        self.drawn = [sum(columns(char) for _, char in line) for line in lines]
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -435,9 +428,7 @@ def read_prompt(value):
 
 def load(s):
     """(model, tokenizer) of the settings; another block size than the trained one is refused."""
-    if s.device == "auto":
-        s.device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, state = load_model(s.out_dir, s.device)
+    model, state = load_model(s.out_dir, choose_device(s.device))
     trained = model.config.block_size
     if s.block_size not in (0, trained):
         if not s.any_block_size:
@@ -472,24 +463,27 @@ def command(argv):
         model, [ids] * s.num_samples, s.max_new_tokens, **options(s, tokenizer)
     )
     live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the display's clean-up
     display = Display(tokenizer, model.config.mask_id) if live else nullcontext()
-    began, step, interrupted = time.perf_counter(), None, False
+    began, seconds, step, interrupted = time.perf_counter(), 0.0, None, False
     try:
         with display:
             for step in stream:
+                seconds += time.perf_counter() - began
                 if live:
                     display.show(step)
                 time.sleep(s.delay)
+                began = time.perf_counter()  # drawing and waiting are not the model's time
     except KeyboardInterrupt:
         interrupted = True
-    seconds = time.perf_counter() - began
     if step is None:
         return 130
     rows = step.rows()
     for i, row in enumerate(rows):
         if len(rows) > 1:
             print(f"--- sample {i + 1} of {len(rows)}")
-        print(tokenizer.decode(row), flush=True)
+        text = tokenizer.decode(row)
+        print(printable(text) if live else text, flush=True)
     if live:
         new = sum(len(row) for row in rows) - len(ids) * len(rows)
         print(
@@ -504,6 +498,9 @@ def main(argv):
         return command(argv)
     except (SettingsError, DataError, ValueError) as e:
         fail(e)
+    except BrokenPipeError:  # the reader has gone, as in `| head`; let the exit not flush again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt:
         return 130
 

@@ -8,6 +8,7 @@ The last line is `N passed, N failed` (and `, N skipped`); the exit code is 1 if
 """
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -18,8 +19,12 @@ import lzma
 import math
 import os
 import random
+import re
+import runpy
+import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -33,6 +38,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import checkpoint
 import configurator
@@ -44,7 +51,7 @@ import muon
 import reference
 import sample
 import train
-from dataset import DataError
+from dataset import CharTokenizer, DataError
 
 HERE = Path(__file__).resolve().parent
 
@@ -1033,6 +1040,1000 @@ def call_main(script, argv):
         except SystemExit as e:
             code = e.code
     return code, err.getvalue()
+
+
+# ---- decoding: helpers ---------------------------------------------------------------------------
+
+GQA = {"seq_len": 32, "block_size": 4, "n_kv_head": 2, "qk_norm": True}
+MHA = {"seq_len": 32, "block_size": 4, "n_kv_head": 4, "qk_norm": False, "tie_embeddings": True}
+AR = {"seq_len": 32, "block_size": 1, "n_kv_head": 2, "objective": "ar"}
+LIGHT, LIGHT_AR = {**GQA, "n_layer": 1}, {**AR, "n_layer": 1}  # where depth adds nothing
+ON_TIME = ("random", "confidence", "left_to_right")  # rules that promise K passes a block
+RULES = (*ON_TIME, "threshold", "entropy")
+
+
+def refuses(call, *words):
+    """`call()` must raise a ValueError of one line that contains all of `words`."""
+    try:
+        call()
+    except ValueError as e:
+        assert "\n" not in str(e) and all(word in str(e) for word in words), (words, str(e))
+        return
+    raise AssertionError(f"no ValueError with {words}")
+
+
+def random_prompts(net, *lengths):
+    g = generator(3)
+    return [torch.randint(net.config.vocab_size, (n,), generator=g).tolist() for n in lengths]
+
+
+def passes(net, prompts, max_new_tokens, **options):
+    """Run generate_stream -> (one record per forward pass, the last Step).
+
+    A record: what `decode` was given and gave back (tokens, logits), `storage`, the cache and where
+    its tensors lie, the Step that followed, `before`, the block (B, S) as it was, and `index`, the
+    pass's place in its block.
+    """
+    log, decode, S, count = [], net.decode, net.config.block_size, {}
+
+    def spy(tokens, cache, commit):
+        logits = decode(tokens, cache, commit)
+        storage = cache, cache.k.data_ptr(), cache.v.data_ptr()
+        log.append(SimpleNamespace(tokens=tokens, logits=logits, storage=storage))
+        return logits
+
+    net.decode = spy
+    try:
+        for step in sample.generate_stream(net, prompts, max_new_tokens, **options):
+            assert step.nfe == len(log), f"nfe {step.nfe} after {len(log)} passes"
+            if log:
+                log[-1].step = step
+    finally:
+        del net.decode
+    for record in log:
+        masks = torch.full_like(record.step.block, net.config.mask_id)
+        record.before = masks if net.config.objective == "ar" else record.tokens[:, -S:]
+        block = int(record.step.start[0])
+        record.index = count[block] = count.get(block, -1) + 1
+    return log, step
+
+
+@torch.no_grad()
+def uncached(net, text, base, start, block):
+    """Logits (S, V) of one row's block from one full pass over its context text[base:start]."""
+    before = text[base:start]
+    if net.config.objective == "ar":
+        return net(torch.cat([torch.tensor([net.config.mask_id]), before])[None])[0, -1:]
+    return net(torch.cat([before, block])[None])[0, -net.config.block_size :]
+
+
+def against_uncached(net, prompts, max_new_tokens, **options):
+    """(largest difference between any pass's logits and a full recomputation, slides).
+
+    The contexts are found anew by the documented rule: when the longest is full, every row keeps
+    the later half of the context.
+    """
+    c = net.config
+    log, last = passes(net, prompts, max_new_tokens, **options)
+    base, worst, slides = [0] * len(prompts), 0.0, 0
+    half = c.seq_len // c.block_size // 2 * c.block_size
+    for record in log:
+        starts = record.step.start.tolist()
+        longest = max(s - b for s, b in zip(starts, base, strict=True))
+        if record.index == 0 and longest + c.block_size > c.seq_len:
+            base, slides = [s - min(s, half) for s in starts], slides + 1
+        for r, (b, s) in enumerate(zip(base, starts, strict=True)):
+            want = uncached(net, last.text[r], b, s, record.before[r])
+            worst = max(worst, diff(record.logits[r], want))
+    return worst, slides
+
+
+# ---- the cache -----------------------------------------------------------------------------------
+
+
+def test_cache_equals_uncached():
+    """BlockCache by hand: ragged rows, noisy blocks with fixed tokens, every block to the end."""
+    worst, blocks = 0.0, 0
+    for shape in (GQA, MHA, {**GQA, "n_kv_head": 1, "block_size": 8}):
+        net = tiny_model(**shape)
+        c, S = net.config, net.config.block_size
+        lengths = torch.tensor([2 * S, 0, S, 2 * S])  # finished tokens of each row
+        clean = torch.randint(c.vocab_size, (4, c.seq_len), generator=generator(1))
+        hidden = torch.rand(clean.shape, generator=generator(2)) < 0.6
+        noisy = clean.masked_fill(hidden, c.mask_id)
+        store = cascade.BlockCache(c, 4, c.seq_len, 2 * S - lengths)
+        pending = torch.zeros(4, 2 * S, dtype=torch.long)
+        for row, tokens, n in zip(pending, clean, lengths, strict=True):
+            row[2 * S - n :] = tokens[:n]
+        for b in range(c.seq_len // S - 2):
+            place = (lengths + b * S)[:, None] + torch.arange(S)
+            block = noisy.gather(1, place)
+            assert torch.equal(store.positions(pending.shape[1] + S)[:, -S:], place)
+            logits = net.decode(torch.cat([pending, block], dim=1), store, pending.shape[1])
+            for r, start in enumerate(place[:, 0].tolist()):
+                worst = max(worst, diff(logits[r], uncached(net, clean[r], 0, start, block[r])))
+                blocks += 1
+            pending = clean.gather(1, place)
+    return within(worst, 1e-5, f"{blocks} blocks, max|diff|")
+
+
+def test_cache_fused_commit():
+    """Committing a block in the next block's first pass equals a pass of its own for it."""
+    worst = 0.0
+    for shape in (GQA, MHA):
+        net = tiny_model(**shape)
+        c = net.config
+        clean = torch.randint(c.vocab_size, (3, 16), generator=generator(1))
+        noisy, start = torch.full((3, 4), c.mask_id), torch.tensor([0, 4, 8])
+        fused, separate = (cascade.BlockCache(c, 3, c.seq_len, start) for _ in range(2))
+        for done in (clean[:, :8], clean[:, 8:12], clean[:, 12:]):  # two blocks at once, then one
+            one = net.decode(torch.cat([done, noisy], dim=1), fused, done.shape[1])
+            net.decode(done, separate, done.shape[1])
+            worst = max(worst, diff(one, net.decode(noisy, separate, 0)))
+        assert fused.length == separate.length == 16
+        for a, b in ((fused.k, separate.k), (fused.v, separate.v)):
+            for r, first in enumerate(start.tolist()):
+                worst = max(worst, diff(a[:, r, :, first:16], b[:, r, :, first:16]))
+    return within(worst, 1e-5)
+
+
+def test_cache_noisy_block_leaves_no_trace():
+    """A pass over a noisy block changes nothing later, bit for bit; committing one is refused."""
+    net = tiny_model(**GQA)
+    c = net.config
+    clean = torch.randint(c.vocab_size, (2, 12), generator=generator(1))
+    noisy = clean[:, 4:8].masked_fill(torch.tensor([True, False, True, False]), c.mask_id)
+    junk, after = torch.full((2, 4), c.mask_id), []
+    for drafts in (0, 1, 3):
+        store = cascade.BlockCache(c, 2, c.seq_len)
+        net.decode(clean[:, :4], store, 4)
+        for _ in range(drafts):
+            net.decode(junk, store, 0)
+        logits = net.decode(noisy, store, 0)
+        later = net.decode(torch.cat([clean[:, 4:8], junk], dim=1), store, 4)
+        after.append((logits, later, store.k[:, :, :, :8], store.v[:, :, :, :8]))
+    for other in after[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(after[0], other, strict=True))
+    store = cascade.BlockCache(c, 2, c.seq_len)
+    refuses(lambda: net.decode(noisy, store, 4), "masked")
+    refuses(lambda: net.decode(torch.cat([clean[:, :4], noisy, noisy], 1), store, 8), "masked")
+    refuses(lambda: net.decode(clean[:, :6], store, 6), "commit 6")
+    refuses(lambda: net.decode(clean[:, :6], store, 4), "blocks of 4")
+    refuses(lambda: net.decode(clean.repeat(1, 3), store, 36), "32 tokens, not 36")
+    assert store.length == 0
+    return "0, 1 and 3 drafts: bit for bit the same; 5 wrong commits refused"
+
+
+def test_cache_half_precision():
+    """Weights, or autocast, in bfloat16 and float16: finite, and near the uncached logits."""
+    worst = {torch.bfloat16: 0.0, torch.float16: 0.0}
+    for dtype in worst:
+        for net, how in (
+            (tiny_model(**GQA).to(dtype), contextlib.nullcontext()),
+            (tiny_model(**GQA), torch.autocast("cpu", dtype)),
+        ):
+            with how:  # two finished blocks beside an empty row: hidden twice over
+                log, last = passes(net, random_prompts(net, 9, 2), 8, rule="random", steps=2)
+                for record in log:
+                    for r, start in enumerate(record.step.start.tolist()):
+                        want = uncached(net, last.text[r], 0, start, record.before[r])
+                        assert bool(record.logits.isfinite().all()), dtype
+                        worst[dtype] = max(worst[dtype], diff(record.logits[r], want))
+    return f"{within(worst[torch.bfloat16], 0.1)}; float16 {within(worst[torch.float16], 0.02)}"
+
+
+def test_cache_storage():
+    """One allocation for a whole generation, of the size the docstring states; one per slide."""
+    for shape, new, caches in ((GQA, 20, 1), (GQA, 60, 4), (AR, 20, 1), (AR, 60, 4)):
+        net = tiny_model(**shape)
+        c = net.config
+        log, _ = passes(net, random_prompts(net, 5, 9), new, steps=1)
+        seen = {record.storage for record in log}
+        assert len(seen) == caches, f"{len(seen)} allocations, not {caches}"
+        store = log[0].storage[0]
+        size = store.k.nbytes + store.v.nbytes
+        stated = 2 * c.n_layer * c.n_kv_head * c.head_dim * 4 * c.seq_len * 2
+        assert size == stated, f"{size} bytes, stated {stated}"
+    return f"{size} bytes as stated; 1 allocation, and 1 for each of 3 slides"
+
+
+class NewStorage(TorchDispatchMode):
+    """Records (operation, bytes) of every tensor made inside; views and in-place results not."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given, got = tree_leaves((args, kwargs)), tree_leaves(out)
+        given = {t.untyped_storage().data_ptr() for t in given if isinstance(t, torch.Tensor)}
+        for t in got:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.made.append((str(func), t.untyped_storage().nbytes()))
+        return out
+
+
+def test_no_growth_per_pass():
+    """At position 1,920 a pass makes the very tensors it makes at position 96: none is larger."""
+    count, largest = 0, 0
+    for shape in (LIGHT, LIGHT_AR):
+        net = tiny_model(**{**shape, "vocab_size": 60, "seq_len": 2048})
+        made = []
+        for at in (96, 1920):
+            prompts = random_prompts(net, at, at - 24)  # ragged: the padding is hidden by a mask
+            rows = sample.generate(net, prompts, 20, temperature=0.0)
+            unused = min(set(range(60)) - set(rows[0][at:]) - set(rows[1][at - 24 :]))
+            stream = sample.generate_stream(net, prompts, 20, temperature=0.0, stop_token=unused)
+            for _ in range(3):  # the start, the pass that reads the prompt, and one more
+                next(stream)
+            with NewStorage() as storage:
+                for _ in range(14):
+                    next(stream)
+            made.append(storage.made)
+        near, far = made
+        assert [op for op, _ in near] == [op for op, _ in far], "other operations"
+        grown = {(op, x, y) for (op, x), (_, y) in zip(near, far, strict=True) if y > x}
+        assert not grown, f"grows with the position: {grown}"
+        count, largest = count + len(far), max(largest, *(size for _, size in far))
+    return f"0 of {count} tensors larger, the largest {largest} bytes; allowed 0"
+
+
+# ---- generation against full recomputation -------------------------------------------------------
+
+
+def test_generation_equals_recomputation():
+    """Each pass of generate_stream against one full uncached pass: ragged prompts that end inside
+    blocks, batches, grouped heads, contexts that fill and slide, N = S, N = 2S, and the AR twin."""
+    worst, slid = 0.0, []
+    cases = (  # shape, lengths of the prompts, new tokens
+        (GQA, (0, 3, 4, 5, 11), 13),
+        (MHA, (28, 1), 4),
+        (GQA, (7, 26), 50),
+        ({**GQA, "seq_len": 4}, (0, 0), 14),
+        ({**GQA, "seq_len": 8}, (3, 0, 4), 21),
+        (AR, (0, 3, 11), 9),
+        (AR, (31, 2), 30),
+        ({**AR, "seq_len": 1}, (0, 0), 4),
+    )
+    for shape, lengths, new in cases:
+        net = tiny_model(**shape)
+        prompts, steps = random_prompts(net, *lengths), min(3, shape["block_size"])
+        one, slides = against_uncached(net, prompts, new, rule="random", steps=steps)
+        worst, slid = max(worst, one), [*slid, slides]
+    assert [n > 0 for n in slid] == [False, True, True, True, True, False, True, True], slid
+    return within(worst, 1e-5, f"{sum(slid)} slides, max|diff|")
+
+
+def test_rows_do_not_mix():
+    """Each row of a ragged batch against the same prompt alone: logits of every pass, tokens."""
+    worst, count = 0.0, 0
+    for shape, rule in ((GQA, "left_to_right"), (GQA, "confidence"), (MHA, "confidence"),
+                        (AR, "left_to_right")):
+        net = tiny_model(**shape)
+        # no empty prompt here: with nothing to see, the places of its first block are equally
+        # certain but for rounding, and `confidence` may begin with any
+        prompts = random_prompts(net, 1, 3, 4, 9, 14)
+        options = {"rule": rule, "temperature": 0.0, "steps": min(2, shape["block_size"])}
+        together, last = passes(net, prompts, 13, **options)
+        seen = {}
+        for record in together:
+            for r, start in enumerate(record.step.start.tolist()):
+                seen[r, start, record.index] = record.logits[r]
+        for r, prompt in enumerate(prompts):
+            alone, step = passes(net, [prompt], 13, **options)
+            assert step.rows()[0] == last.rows()[r], f"{rule}: row {r} has other tokens"
+            for record in alone:  # a row whose first block is done early waits, nothing more
+                same = seen[r, int(record.step.start), record.index]
+                worst, count = max(worst, diff(record.logits[0], same)), count + 1
+    return within(worst, 1e-5, f"{count} passes, max|diff|")
+
+
+# ---- the distribution that is drawn from ---------------------------------------------------------
+
+
+def choices(rule, masked, left, certainty, entropy, tau, gamma):
+    """[(probability, places revealed now)] by the rule's definition; `masked` is ascending."""
+    quota = math.ceil(len(masked) / left)
+    if rule == "random":  # a uniform order: every next set of this size is equally likely
+        sets = list(itertools.combinations(masked, quota))
+        return [(1 / len(sets), chosen) for chosen in sets]
+    if rule == "left_to_right":
+        return [(1.0, masked[:quota])]
+    if rule == "confidence":
+        return [(1.0, sorted(masked, key=lambda i: -certainty[i])[:quota])]
+    if rule == "threshold":
+        most = max(masked, key=lambda i: certainty[i])
+        return [(1.0, [i for i in masked if certainty[i] >= tau or i == most])]
+    ranked, size = sorted(masked, key=lambda i: entropy[i]), 1
+    while size < len(ranked) and sum(entropy[i] for i in ranked[:size]) <= gamma:
+        size += 1  # a prefix's largest entropy is its last: the others must sum to gamma at most
+    return [(1.0, ranked[:size])]
+
+
+@torch.no_grad()
+def block_distribution(net, prompt, rule, steps, tau=0.9, gamma=0.5):
+    """{tokens: probability} of the first block written after `prompt`, by enumeration, float64.
+
+    With `random` and one place a pass it is the average over all S! reveal orders of the chain
+    rule along the order. One uncached pass scores all (V + 1)^S states of the block.
+    """
+    S, V = net.config.block_size, net.config.vocab_size
+    cut = len(prompt) // S * S
+    states = list(itertools.product(range(V + 1), repeat=S))
+    tokens = torch.tensor([[*prompt[:cut], *state] for state in states])
+    p = net(tokens)[:, -S:].double().softmax(-1)
+    table = dict(zip(states, zip(p.tolist(), -(p * p.log()).sum(-1), strict=True), strict=True))
+
+    @cache
+    def finish(state, left):
+        masked = [i for i in range(S) if state[i] == V]
+        if not masked:
+            return {state: 1.0}
+        p, entropy = table[state]
+        certainty, out = [max(row) for row in p], {}
+        for weight, now in choices(rule, masked, left, certainty, entropy, tau, gamma):
+            for drawn in itertools.product(range(V), repeat=len(now)):
+                after, mass = list(state), weight
+                for i, token in zip(now, drawn, strict=True):
+                    after[i], mass = token, mass * p[i][token]
+                for end, rest in finish(tuple(after), left - 1).items():
+                    out[end] = out.get(end, 0.0) + mass * rest
+        return out
+
+    given = len(prompt) - cut
+    blocks = finish((*prompt[cut:], *[V] * (S - given)), steps)
+    return {tokens[given:]: mass for tokens, mass in blocks.items()}
+
+
+def chi_square(counts, wanted):
+    """(statistic, its 0.9999 quantile) of observed counts against probabilities, both dicts."""
+    n = sum(counts.values())
+    assert set(counts) <= set(wanted), "an outcome of probability 0"
+    assert abs(sum(wanted.values()) - 1) < 1e-9 and min(wanted.values()) * n >= 5
+    statistic = sum((counts.get(x, 0) - n * p) ** 2 / (n * p) for x, p in wanted.items())
+    free = len(wanted) - 1
+    # Wilson and Hilferty: (chi2 / free)^(1/3) is nearly normal; 3.719 is the normal's quantile
+    return statistic, free * (1 - 2 / (9 * free) + 3.719 * math.sqrt(2 / (9 * free))) ** 3
+
+
+def drawn(net, prompt, new, seeds, **options):
+    """Counts of the `new` tokens after `prompt` in 2,000 samples of each seed."""
+    counts = {}
+    for seed in range(seeds):
+        stream = sample.generate_stream(net, [prompt] * 2000, new, seed=seed, **options)
+        *_, last = stream
+        for tokens in last.text[:, len(prompt) : len(prompt) + new].tolist():
+            counts[tuple(tokens)] = counts.get(tuple(tokens), 0) + 1
+    return counts
+
+
+def test_sampler_draws_the_distribution():
+    """20,000 blocks against enumeration: `random` at K = S is what was trained, `left_to_right`
+    the chain rule, K = 1 the product of the marginals; and 10,000 for each other rule."""
+    net = tiny_model(std=0.5, vocab_size=3, seq_len=6, n_layer=1, n_head=2, n_embd=16, n_hidden=16)
+    prompt, exact, ratios = [2, 0, 1], {}, {}
+    cases = (  # rule, K, prompt, seeds, knobs
+        ("random", 3, prompt, 10, {}), ("left_to_right", 3, prompt, 10, {}),
+        ("random", 1, prompt, 10, {}), ("random", 2, prompt, 5, {}),
+        ("left_to_right", 2, prompt, 5, {}), ("confidence", 3, prompt, 5, {}),
+        ("threshold", 3, prompt, 5, {"tau": 0.5}), ("entropy", 3, prompt, 5, {"gamma": 0.9}),
+        ("random", 3, [1], 5, {}),  # a token of the block is fixed
+    )
+    for rule, steps, start, seeds, knobs in cases:
+        wanted = block_distribution(net, start, rule, steps, **knobs)
+        counts = drawn(net, start, 3 - len(start) % 3, seeds, rule=rule, steps=steps, **knobs)
+        statistic, bound = chi_square(counts, wanted)
+        name = f"{rule} K={steps}"
+        assert statistic <= bound, f"{name}: chi2 = {statistic:.0f}, allowed {bound:.0f}"
+        ratios[f"{name} after {len(start)}"] = statistic / bound
+        if seeds == 10 or rule == "confidence":
+            exact[name] = wanted
+    # the test must be able to tell these apart: chi2 had one been drawn in place of another
+    power = math.inf
+    for a, b in itertools.permutations(exact.values(), 2):
+        bound = chi_square({x: 1000 for x in a}, a)[1]
+        power = min(power, 20_000 * sum((b[x] - a[x]) ** 2 / a[x] for x in a) / bound)
+    assert power > 10, f"the distributions are too alike to test: {power:.1f} times the bound"
+    worst = max(ratios, key=ratios.get)
+    return (f"chi2 / allowed = {ratios[worst]:.2f} at worst of {len(ratios)} ({worst}), allowed 1; "
+            f"a wrong rule has {power:.0f} or more")
+
+
+def test_ar_sampler_draws_the_distribution():
+    """The AR twin, token by token through the cache: 10,000 triples against the chain rule."""
+    net = tiny_model(vocab_size=3, seq_len=6, block_size=1, objective="ar", n_layer=1, n_head=2,
+                     n_embd=16, n_hidden=16, seed=1)
+    wanted = {}
+    for x in itertools.product(range(3), repeat=3):
+        logp = net.ar_logits(torch.tensor([[2, 0, *x]]))[0, 2:].double().log_softmax(-1)
+        wanted[x] = logp[range(3), x].sum().exp().item()
+    statistic, bound = chi_square(drawn(net, [2, 0], 3, 5), wanted)
+    return within(statistic, bound, "chi2")
+
+
+def test_truncation():
+    """Temperature, top-k and top-p on a hand-made distribution: exactly the right set, the token
+    that crosses p kept, renormalised, in float64; and `draw` draws from it."""
+    p = torch.tensor([0.10, 0.40, 0.05, 0.30, 0.15], dtype=torch.float64)
+    truncated, ranked, worst = sample.truncated_probabilities, [1, 3, 4, 0, 2], 0.0
+    cases = (  # top_k, top_p, tokens kept
+        (0, 1.0, 5), (1, 1.0, 1), (3, 1.0, 3), (5, 1.0, 5), (9, 1.0, 5),
+        (0, 0.05, 1), (0, 0.39, 1), (0, 0.41, 2), (0, 0.69, 2), (0, 0.71, 3), (0, 0.96, 5),
+        (2, 0.50, 1), (2, 0.60, 2), (3, 0.80, 2), (3, 0.83, 3),  # top_p is of what top_k left
+    )
+    for top_k, top_p, kept in cases:
+        got, want = truncated(p.log().float(), 1.0, top_k, top_p), torch.zeros_like(p)
+        want[ranked[:kept]] = p[ranked[:kept]] / p[ranked[:kept]].sum()
+        assert got.nonzero()[:, 0].tolist() == sorted(ranked[:kept]), (top_k, top_p, got)
+        worst = max(worst, diff(got, want))
+    for t in (0.5, 2.0):
+        want = p ** (1 / t) / (p ** (1 / t)).sum()
+        worst = max(worst, diff(truncated(p.log().float(), t), want))
+    # at temperature 2 the best two hold 0.55 of the whole, so top-p must come after it
+    assert int((truncated(p.log(), 2.0, 0, 0.6) > 0).sum()) == 3
+    assert truncated(p.log(), 0).tolist() == truncated(p.log(), 1e-4).tolist() == [0, 1, 0, 0, 0]
+    # float32 cannot tell 1 - 1.5e-8 from 1, and a low-precision draw acts as a lower temperature
+    rare = truncated(torch.tensor([0.0, -18.0]))
+    assert rare.dtype == torch.float64 and rare[0] < 1 and abs(rare.sum() - 1) < 1e-15, rare
+    got = truncated(p.log(), 1.0, 3)
+    tokens = sample.draw(got.expand(20_000, 5), generator()).tolist()
+    counts = {t: tokens.count(t) for t in set(tokens)}
+    statistic, bound = chi_square(counts, {t: got[t].item() for t in ranked[:3]})
+    assert statistic <= bound, f"chi2 = {statistic:.1f}, allowed {bound:.1f}"
+    return within(worst, 1e-7, f"{len(cases)} sets right, max|diff|")
+
+
+def test_greedy():
+    """Temperature 0 reveals the argmax of each place, whatever the seed; so do 1e-4, top-k 1 and a
+    tiny top-p; top-k 2 never leaves the best two; a seed repeats itself, another does not."""
+    count = 0
+    for shape, rule in ((LIGHT, "confidence"), (LIGHT, "threshold"), (LIGHT, "entropy"),
+                        (GQA, "left_to_right"), (AR, "left_to_right")):
+        net, options = tiny_model(**shape), {"rule": rule, "tau": 0.4, "gamma": 1.0}
+        prompts = random_prompts(net, 5, 0)
+        log, last = passes(net, prompts, 10, temperature=0.0, seed=1, **options)
+        for record in log:
+            now = record.step.revealed
+            assert torch.equal(record.step.block[now], record.logits.argmax(-1)[now]), rule
+            count += int(now.sum())
+        for same in ({"temperature": 0.0, "seed": 2}, {"temperature": 1e-4}, {"top_k": 1},
+                     {"top_p": 1e-6}, {"temperature": 7.0, "top_k": 1}):
+            rows = sample.generate(net, prompts, 10, **options, **same)
+            assert rows == last.rows(), f"{rule}: {same} is not greedy"
+        log, _ = passes(net, prompts, 10, temperature=3.0, top_k=2, **options)
+        for record in log:
+            two = record.logits.topk(2).indices == record.step.block[..., None]
+            assert bool(two.any(-1)[record.step.revealed].all()), f"{rule}: outside the top 2"
+    again = [sample.generate(net, prompts, 10, seed=5) for _ in range(2)]
+    assert again[0] == again[1] != sample.generate(net, prompts, 10, seed=6)
+    return f"{count} tokens, each the argmax; 5 ways to be greedy agree"
+
+
+# ---- the rules -----------------------------------------------------------------------------------
+
+
+def test_rules_by_definition():
+    """Each rule on random views, ties among them, against its definition in plain Python."""
+    g, rows, checked = generator(), 100, 0
+    certainty = torch.rand(rows, 6, generator=g, dtype=torch.float64)
+    certainty[::3] = (certainty[::3] * 4).round() / 4  # ties
+    entropy = 2 * torch.rand(rows, 6, generator=g, dtype=torch.float64)
+    order = torch.rand(rows, 6, generator=g, dtype=torch.float64)
+    masked = torch.rand(rows, 6, generator=g) < torch.rand(rows, 1, generator=g)
+    for left, (tau, gamma) in itertools.product((1, 2, 4, 6), ((0.5, 0), (0.75, 0.7), (1, 50))):
+        view = sample.View(masked, certainty, entropy, order, -(-masked.sum(1) // left), tau, gamma)
+        for rule in RULES:
+            got = sample.RULES[rule](view)
+            for r in range(rows):
+                places, want = masked[r].nonzero()[:, 0].tolist(), []
+                if places and rule == "random":
+                    want = sorted(places, key=lambda i: order[r, i])[: view.quota[r]]
+                elif places:
+                    seen = certainty[r].tolist(), entropy[r].tolist()
+                    want = choices(rule, places, left, *seen, tau, gamma)[0][1]
+                assert got[r].nonzero()[:, 0].tolist() == sorted(want), (rule, r, left, tau)
+                checked += 1
+    return f"{checked} decisions as defined"
+
+
+def test_rules_see_the_model_alone():
+    """What a rule is shown is the model's own distribution, whatever the temperature and top-k,
+    and a fresh uniform order for each block."""
+    net, views = tiny_model(**GQA), []
+    sample.RULES["spy"] = lambda v: (views.append(v), sample.confidence(v))[1]
+    try:
+        log, _ = passes(net, [[], []], 16, rule="spy", temperature=5.0, top_k=2, top_p=0.7, steps=3)
+    finally:
+        del sample.RULES["spy"]
+    worst = 0.0
+    for record, v in zip(log, views, strict=True):
+        p = record.logits.double().softmax(-1)
+        worst = max(worst, diff(v.certainty, p.amax(-1)), diff(v.entropy, -(p * p.log()).sum(-1)))
+        assert torch.equal(v.masked, record.before == net.config.mask_id)
+    orders = {tuple(v.order.flatten().tolist()) for v in views}
+    assert len(orders) == 4, f"{len(orders)} orders in 4 blocks"
+    return within(worst, 1e-12)
+
+
+def test_every_rule_and_step_count():
+    """All five rules, K = 1..S, ragged prompts: what a pass may touch, and how many there are."""
+    runs = total = 0
+    for S, new in ((4, 10), (2, 5), (1, 3)):
+        net = tiny_model(**{**LIGHT, "block_size": S})
+        mask_id, prompts = net.config.mask_id, random_prompts(net, 0, 6, 5, 8)
+        blocks = -(-(max(len(p) % S for p in prompts) + new) // S)
+        for rule, steps in itertools.product(RULES, range(1, S + 1)):
+            log, last = passes(net, prompts, new, rule=rule, steps=steps, tau=0.3, gamma=1.5)
+            for record in log:
+                after, now = record.step.block, record.step.revealed
+                masked = record.before == mask_id
+                assert bool((now <= masked).all()), "a token was drawn twice"
+                assert torch.equal(after[~now], record.before[~now]), "a token changed"
+                assert bool((after[now] < mask_id).all()), "a mask was drawn"
+                assert bool((now.any(1) >= masked.any(1)).all()), "a pass revealed nothing"
+                if rule in ON_TIME:
+                    quota = -(-masked.sum(1) // (steps - record.index))
+                    assert torch.equal(now.sum(1), quota), f"{rule}, K = {steps}: not on time"
+            assert sum(record.index == 0 for record in log) == blocks
+            assert max(record.index for record in log) < S
+            # the empty prompt has a whole block to write, so even the first takes K passes
+            assert rule not in ON_TIME or len(log) == steps * blocks, (rule, steps, len(log))
+            for prompt, row in zip(prompts, last.rows(), strict=True):
+                assert row[: len(prompt)] == prompt, "the prompt changed"
+                assert len(row) == len(prompt) + new and max(row) < mask_id, row
+            runs, total = runs + 1, total + len(log)
+    return f"{runs} runs, {total} passes, K a block as promised"
+
+
+def test_pass_counts():
+    """NFE where the rule decides: all at once, one at a time; of a short first block; of AR."""
+    net, S = tiny_model(**LIGHT), 4
+    cases = (  # prompt, new tokens, promised passes, options
+        ([], 12, 3, {"rule": "threshold", "tau": 1e-9}),
+        ([], 12, 3 * S, {"rule": "threshold", "tau": 1.0}),
+        ([], 12, 3, {"rule": "entropy", "gamma": 1e9}),
+        ([], 12, 3 * S, {"rule": "entropy", "gamma": 0.0}),
+        ([1, 2], 2, 2, {"rule": "random", "steps": 4}),  # two masks cannot take four passes
+        ([1, 2], 2, 1, {"rule": "random", "steps": 1}),
+        ([1, 2], 0, 0, {}),
+        ([], 60, 15 * 2, {"rule": "confidence", "steps": 2}),  # reading the context again is free
+        ([], 12, 3 * S, {}),
+    )
+    for prompt, new, promised, options in cases:
+        count = len(passes(net, [prompt], new, **options)[0])
+        assert count == promised, f"{options}: {count} passes, promised {promised}"
+    count = len(passes(tiny_model(**LIGHT_AR), [[1, 2]], 50)[0])
+    assert count == 50, f"AR: {count} passes for 50 tokens"
+    return f"{len(cases) + 1} counts as promised"
+
+
+# ---- lengths, ends, bad input --------------------------------------------------------------------
+
+
+def test_lengths():
+    """max_new_tokens of any size gives exactly that many, each a prefix of the longer one; 0 gives
+    the prompts back; an empty prompt starts from nothing."""
+    for shape in (LIGHT, {**LIGHT, "seq_len": 8}, LIGHT_AR):
+        net = tiny_model(**shape)
+        prompts = random_prompts(net, 3, 0, 4)
+        longest = sample.generate(net, prompts, 18, rule="random")
+        for new in range(11):
+            rows = sample.generate(net, prompts, new, rule="random")
+            assert rows == [w[: len(p) + new] for p, w in zip(prompts, longest, strict=True)], new
+        settled = [s.settled.tolist() for s in sample.generate_stream(net, prompts, 9)]
+        assert settled[0] == [3, 0, 4] and settled[-1] == [12, 9, 13], settled
+        assert settled == sorted(settled), "text that was final was taken back"
+    return "0..10 tokens, each a prefix of 18"
+
+
+def test_stop_token():
+    """A row ends before its first stop token, not at one in its prompt, and alone; when all have
+    ended nothing more is computed."""
+    early = 0
+    for shape in (LIGHT, LIGHT_AR):
+        net = tiny_model(**shape)
+        prompts, S = [[1, 2, 3, 4, 5], [], [6, 7], [8]], net.config.block_size
+        free = sample.generate(net, prompts, 40, rule="random", seed=2)
+        for stop in range(0, net.config.vocab_size, 2):
+            log, last = passes(net, prompts, 40, rule="random", seed=2, stop_token=stop)
+            ends, written = [], 0
+            for prompt, row, got in zip(prompts, free, last.rows(), strict=True):
+                new = row[len(prompt) :]
+                ends.append(new.index(stop) if stop in new else 40)
+                assert got == prompt + new[: ends[-1]], (stop, got)
+                written = max(written, len(prompt) % S + min(ends[-1] + 1, 40))
+            assert len(set(ends)) > 1, "rows that end together test nothing"
+            assert len(log) <= -(-written // S) * S, f"{len(log)} passes for {written} tokens"
+            early += sum(end < 40 for end in ends)
+    return f"{early} rows cut at the right place"
+
+
+def test_generate_refuses():
+    """Wrong arguments of the library raise ValueError in one line that names them."""
+    net = tiny_model(**LIGHT)
+    for name in ("temperature", "top_p", "tau", "gamma"):
+        refuses(lambda n=name: sample.generate(net, [[1]], 4, **{n: math.nan}), name, "nan")
+        refuses(lambda n=name: sample.generate(net, [[1]], 4, **{n: -0.1}), name, "-0.1")
+    calls = (
+        ([[1] * 29], 4, "29", "28"), ([[1], [1] * 40], 4, "40"), ([[11]], 4, "0..10"),
+        ([[-1]], 4, "0..10"), ([], 4, "prompt"), ([[1]], -1, "max_new_tokens"),
+    )
+    for prompts, new, *words in calls:
+        refuses(lambda p=prompts, n=new: sample.generate(net, p, n), *words)
+    assert len(sample.generate(net, [[1] * 28], 6)[0]) == 34  # the longest that fits
+    return f"{8 + len(calls)} refused, each in one line"
+
+
+CHARS = "\n !,.abcdefghijklmnopqrstuvwxyz\xe9"
+
+
+@contextlib.contextmanager
+def checkpoint_folder(chars=CHARS, **shape):
+    """(a folder with a random tiny model's best.pt, that model, its tokenizer)."""
+    net = tiny_model(**{**LIGHT, "vocab_size": len(chars), **shape})
+    tokenizer = CharTokenizer(chars)
+    state = {
+        "config": asdict(net.config), "settings": {}, "meta": tokenizer.meta(),
+        "model": net.state_dict(), "optimizers": [], "step": 0, "seconds": 0.0,
+        "bound": [1.0, 0.1], "best": 1.0,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save_checkpoint(Path(folder) / "best.pt", state)
+        yield Path(folder), net, tokenizer
+
+
+class Terminal(io.StringIO):
+    """Standard output that says it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+def sample_command(*arguments, stdin=b"", out=None):
+    """`python sample.py ...` in this process: (exit code, standard output, standard error)."""
+    out, err, before = out or io.StringIO(), io.StringIO(), (sys.argv, sys.stdin)
+    sys.argv, sys.stdin = ["sample.py", *map(str, arguments)], io.TextIOWrapper(io.BytesIO(stdin))
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(HERE / "sample.py"), run_name="__main__")
+    except SystemExit as e:
+        return e.code, out.getvalue() if isinstance(out, io.StringIO) else "", err.getvalue()
+    finally:
+        sys.argv, sys.stdin = before
+
+
+class Trap:
+    """What a malicious checkpoint does: unpickled, it makes the folder `path`."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_sample_command_refuses():
+    """Every wrong command line: one line on stderr that says what, exit code 2, nothing printed."""
+    count = 0
+    with checkpoint_folder() as (folder, _, _):
+        content = (folder / "best.pt").read_bytes()
+        half = len(content) // 2
+        (folder / "cut.pt").write_bytes(content[:half])
+        (folder / "flipped.pt").write_bytes(
+            content[:half] + bytes([content[half] ^ 255]) + content[half + 1 :]
+        )
+        (folder / "noise.pt").write_bytes(bytes(range(256)) * 20)
+        (folder / "empty.pt").write_bytes(b"")
+        torch.save({"model": {"w": torch.ones(2)}, "iter_num": 3}, folder / "foreign.pt")
+        torch.save(Trap(folder / "sprung"), folder / "trap.pt")
+        checkpoint.save_checkpoint(folder / "kind.pt", {"config": {"n_layer": 1, "bias": True}})
+        (folder / "bytes.txt").write_bytes(b"abc\xff\xfe")
+        (folder / "nothing").mkdir()
+        table = (
+            ("--steps=5", "1..4"), ("--steps=-1", "1..4"), ("--rule=best", "best", "left_to_right"),
+            ("--tau=0", "tau"), ("--tau=1.5", "tau"), ("--gamma=-1", "gamma"),
+            ("--gamma=nan", "gamma"), ("--top_p=0", "top_p"), ("--top_p=1.5", "top_p"),
+            ("--top_k=-2", "top_k"), ("--temperature=-1", "temperature"),
+            ("--num_samples=0", "num_samples"), ("--max_new_tokens=-5", "max_new_tokens"),
+            ("--prompt=" + "a" * 40, "40", "28"), ("--prompt=no Caps", "'C'"),
+            ("--prompt=\N{SNOWMAN}%", "%", "\N{SNOWMAN}"), ("--stop=ab", "ab"), ("--stop=Z", "Z"),
+            (f"--prompt=FILE:{folder}/missing", "missing", "No such file"),
+            (f"--prompt=FILE:{folder}", "directory"), ("--delay=-1", "negative"),
+            (f"--prompt=FILE:{folder}/bytes.txt", "UTF-8"), ("--prompt=-", "UTF-8"),
+            ("--seed=1e30", "error"), ("--block_size=8", "blocks of 4", "--any_block_size=true"),
+            ("--block_size=5 --any_block_size=true", "multiple"),
+            ("--setps=3", "did you mean steps"), ("--steps=many", "int"), ("steps", "--key=value"),
+            (f"--out_dir={folder}/nothing", "no checkpoint"), ("--out_dir=/no/such", "/no/such"),
+            *((f"--out_dir={folder}/{name}.pt", name) for name in
+              ("noise", "empty", "cut", "flipped", "foreign", "trap", "kind")),
+        )
+        for argument, *words in table:
+            more = [argument] if argument.startswith("--prompt") else argument.split()
+            code, out, err = sample_command(
+                f"--out_dir={folder}", "--max_new_tokens=4", *more, stdin=b"\xff\xfe"
+            )
+            assert code == 2 and not out, (argument, code, out, err)
+            assert err.startswith("error: ") and err.count("\n") == 1 and err[-1] == "\n", err
+            assert all(word in err for word in words) and "\x1b" not in err, (argument, err)
+            count += 1
+        assert not (folder / "sprung").exists(), "a checkpoint ran code"
+        code, out, err = sample_command(f"--out_dir={folder}", "--rule=best", out=Terminal())
+        screen = Screen(80, 24)
+        screen.feed(out)
+        assert code == 2 and screen.clean() and not screen.text()[0], (code, out)
+    return f"{count + 1} refused with exit code 2, one line each"
+
+
+def test_sample_command():
+    """What the command accepts, in a pipe: the library's text, unadorned."""
+    runs = 0
+
+    def same(folder, net, tokenizer, prompt, new, *arguments, samples=1, stdin=b"", **options):
+        nonlocal runs
+        code, out, err = sample_command(
+            f"--out_dir={folder}", f"--max_new_tokens={new}", f"--num_samples={samples}",
+            *arguments, stdin=stdin,
+        )
+        assert (code, err) == (0, ""), (arguments, code, err)
+        options = {"temperature": sample.DEFAULTS["temperature"], **options}
+        rows = sample.generate(net, [tokenizer.encode(prompt)] * samples, new, **options)
+        texts = [tokenizer.decode(row) for row in rows]
+        if samples > 1:
+            texts = [f"--- sample {i + 1} of {samples}\n{t}" for i, t in enumerate(texts)]
+        assert out == "".join(t + "\n" for t in texts), (arguments, out)
+        runs += 1
+        return rows
+
+    with checkpoint_folder() as it:
+        folder, net, tokenizer = it
+        (folder / "prompt.txt").write_text("caf\xe9 a\n", encoding="utf-8")
+        same(*it, "", 9)
+        same(*it, "ab", 0, "--prompt=ab")
+        same(*it, "caf\xe9 a\n", 6, f"--prompt=FILE:{folder}/prompt.txt", "--steps=2", steps=2)
+        same(*it, "hello\n", 20, "--prompt=-", "--rule=entropy", "--gamma=1", stdin=b"hello\n",
+             rule="entropy", gamma=1.0)
+        same(*it, "a", 12, "--prompt=a", "--rule=threshold", "--tau=0.3", "--temperature=0.5",
+             "--top_k=7", "--top_p=0.9", "--seed=4", samples=3, rule="threshold", tau=0.3,
+             temperature=0.5, top_k=7, top_p=0.9, seed=4)
+        stop = same(*it, "a", 20, "--prompt=a", samples=2)[0][9]
+        end = f"--stop={tokenizer.decode([stop])}"
+        same(*it, "a", 20, "--prompt=a", end, samples=2, stop_token=stop)
+        net.config.block_size = 8
+        same(*it, "abc", 20, "--prompt=abc", "--block_size=8", "--any_block_size=true")
+        reader, writer = os.pipe()  # a reader that left early, as in `| head`
+        os.close(reader)
+        with os.fdopen(writer, "w") as out:
+            _, _, err = sample_command(f"--out_dir={folder}", "--max_new_tokens=4", out=out)
+            assert not err, err
+    with checkpoint_folder(**LIGHT_AR) as it:
+        same(it[0] / "best.pt", *it[1:], "abc", 40, "--prompt=abc")
+    return f"{runs} runs print the library's text; a closed pipe is no error"
+
+
+# ---- the terminal --------------------------------------------------------------------------------
+
+
+class Screen:
+    """What a person would see: just enough of a terminal, strict about what it does not know.
+
+    lines holds cells (character, style), also of what was scrolled away: the screen is its last
+    `height` lines. A wide character is one cell and an empty one.
+    """
+
+    def __init__(self, width, height):
+        self.width, self.height, self.cursor, self.style = width, height, True, ""
+        self.lines, self.y, self.x, self.saved = [[]], 0, 0, None
+
+    def feed(self, text):
+        for code, char in re.findall(r"(\x1b\[[?0-9;]*[A-Za-z])|([\s\S])", text):
+            self.code(code) if code else self.put(char)
+
+    def put(self, char):
+        size = 0 if char in "\r\n" else sample.columns(char)
+        assert char in "\r\n" or char.isprintable(), f"control character {char!r}"
+        if char == "\n" or self.x + size > self.width:
+            self.x, self.y = self.x if char == "\n" else 0, self.y + 1
+            if self.y == len(self.lines):
+                self.lines.append([])
+        if char == "\r":
+            self.x = 0
+        if size:
+            line = self.lines[self.y]
+            line += [(" ", "")] * (self.x + size - len(line))
+            line[self.x : self.x + size] = [(char, self.style), ("", "")][:size]
+            self.x += size
+
+    def code(self, code):
+        top = max(0, len(self.lines) - self.height)
+        if code[-1] == "m":
+            self.style = "" if code in ("\x1b[0m", "\x1b[m") else code
+        elif code[-1] == "A":
+            self.y = max(top, self.y - int(code[2:-1] or 1))
+        elif code == "\x1b[H":
+            self.y, self.x = top, 0
+        elif code == "\x1b[J":
+            del self.lines[self.y][self.x :], self.lines[self.y + 1 :]
+        elif code in ("\x1b[?25l", "\x1b[?25h"):
+            self.cursor = code[-1] == "h"
+        elif code == "\x1b[?1049h":  # the alternate screen
+            self.saved, self.lines, self.y, self.x = (self.lines, self.y, self.x), [[]], 0, 0
+        elif code == "\x1b[?1049l":
+            (self.lines, self.y, self.x), self.saved = self.saved, None
+        else:
+            assert code in ("\x1b[?2026h", "\x1b[?2026l"), f"unknown escape code {code!r}"
+
+    def text(self):
+        return ["".join(char for char, _ in line).rstrip() for line in self.lines]
+
+    def clean(self):
+        """Whether the terminal is as it was found."""
+        return self.cursor and not self.saved and not self.style
+
+
+@contextlib.contextmanager
+def window(columns, lines):
+    """A terminal window of this size, as shutil.get_terminal_size sees it."""
+    before = shutil.get_terminal_size
+    shutil.get_terminal_size = lambda *_: os.terminal_size((columns, lines))
+    try:
+        yield
+    finally:
+        shutil.get_terminal_size = before
+
+
+def test_display():
+    """Every frame on small terminals: the end of the text and its block and nothing else, masks dim
+    and new tokens bright, no line more than fits, what stood above untouched; and nothing is left
+    behind when it ends, not even where Ctrl-C's echo fell."""
+    chars = CHARS + "\N{CJK UNIFIED IDEOGRAPH-6F22}\N{CJK UNIFIED IDEOGRAPH-5B57}\t\x1b\x9b"
+    net, tokenizer = tiny_model(**{**LIGHT, "vocab_size": len(chars)}), CharTokenizer(chars)
+    mask_id, frames, marks = net.config.mask_id, 0, {sample.DIM: 0, sample.BRIGHT: 0}
+    for columns, lines, samples, new in ((20, 6, 1, 150), (7, 5, 1, 99), (2, 4, 1, 20),
+                                         (80, 24, 1, 60), (80, 24, 2, 60), (9, 6, 9, 20)):
+        prompts = random_prompts(net, *[samples + 2] * samples)
+        # of several samples the first ends early
+        stop = sample.generate(net, prompts, new, steps=2)[0][12] if samples > 1 else None
+        screen, out = Screen(columns, lines), Terminal()
+        screen.feed("$\r\n")
+        with window(columns, lines), sample.Display(tokenizer, mask_id, out) as display:
+            for step in sample.generate_stream(net, prompts, new, steps=2, stop_token=stop):
+                display.show(step)
+                screen.feed(out.getvalue().replace("\n", "\r\n"))  # as a terminal's driver does
+                out.seek(out.truncate(0))
+                frames += 1
+                shown, whole = screen.text(), ""
+                assert not screen.cursor and not screen.style and len(shown) <= lines + 1, shown
+                assert screen.saved or shown[0] == "$", shown
+                for r, row in enumerate(step.rows()):  # its text, and behind it what is undecided
+                    block = step.block[r, max(0, len(row) - int(step.start[r])) :].tolist()
+                    block = [] if step.done[r] else block
+                    block = ["\N{LIGHT SHADE}" if t == mask_id else chars[t] for t in block]
+                    whole += sample.printable(tokenizer.decode(row) + "".join(block))
+                # blanks at the ends of lines cannot be seen, so all are left out
+                below = re.sub(r"\s", "", "".join(shown[0 if screen.saved else 1 :]))
+                whole = re.sub(r"\s", "", whole)
+                if samples == 1:
+                    assert whole.endswith(below) and bool(below) == bool(whole), (whole, below)
+                    full = len(row) > 2 * columns * lines
+                    assert not full or len(shown) >= lines - 1, "room is left for earlier text"
+                if columns == 80:
+                    assert whole == below, (whole, below)
+                if columns == 80 and step.nfe and not step.done.any():
+                    fresh = tokenizer.decode(step.block[step.revealed].tolist())
+                    want = {sample.DIM: int((step.block == mask_id).sum()),
+                            sample.BRIGHT: len(fresh) - fresh.count("\n")}
+                    for style, count in want.items():
+                        got = sum(style in one for line in screen.lines for _, one in line)
+                        assert got == count, f"{got} cells of {style!r}, not {count}"
+                        marks[style] += count
+            screen.feed("^C")  # the driver's echo, wherever the cursor stands
+        screen.feed(out.getvalue())
+        assert screen.clean() and screen.text() == ["$", ""], screen.text()
+    for width in range(2, 9):  # a wide character may leave a column free, never take one too many
+        text = sample.printable(chars[1:] * 3)
+        wrapped = sample.wrap([(sample.PLAIN, text)], width)
+        assert "".join(char for line in wrapped for _, char in line) == text
+        used = {sum(sample.columns(char) for _, char in line) for line in wrapped[:-1]}
+        assert used <= {width - 1, width}, (width, used)
+    assert min(marks.values()) > 20, f"too few to tell: {marks}"
+    return f"{frames} frames, {marks[sample.DIM]} dim and {marks[sample.BRIGHT]} bright cells"
+
+
+def on_a_terminal(columns, lines, *arguments):
+    """sample.py as a process on a pseudo terminal of its own: (its id, the terminal's other end,
+    a function that resizes the window). Skip where there is no such thing."""
+    try:
+        import fcntl
+        import pty
+        import termios
+    except ImportError:
+        raise Skip("no pseudo terminals here") from None
+
+    def resize(columns, lines):
+        fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    pid, end = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # else inherited as ignored in the background
+        env = {**os.environ, "TERM": "xterm", "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+        for name in ("COLUMNS", "LINES"):
+            env.pop(name, None)
+        command = [sys.executable, str(HERE / "sample.py"), *map(str, arguments)]
+        os.execve(sys.executable, command, env)
+    resize(columns, lines)
+    return pid, end, resize
+
+
+def read_terminal(end, frames=math.inf, limit=60.0):
+    """What the process writes, to its end or for so many frames."""
+    data, stop = b"", time.monotonic() + limit
+    while time.monotonic() < stop and data.count(b"\x1b[?2026l") < frames:
+        if select.select([end], [], [], 0.1)[0]:
+            try:
+                piece = os.read(end, 65536)
+            except OSError:  # Linux's way to say that the other end is closed
+                break
+            if not piece:
+                break
+            data += piece
+    return data.decode()
+
+
+def test_sample_on_a_terminal():
+    """The command on a real pseudo terminal: to its end, and interrupted after a resize."""
+    report = r"(\d+) tokens in (\d+) passes = \d.\d\d a pass, \d+ tokens/s"
+    with checkpoint_folder(CHARS + "\x07\x1b") as (folder, net, tokenizer):
+        options = [f"--out_dir={folder}", "--prompt=hello", "--max_new_tokens=120", "--steps=2",
+                   "--temperature=1"]
+        text = tokenizer.decode(sample.generate(net, [tokenizer.encode("hello")], 120, steps=2)[0])
+        assert "\x1b" in text and "\x07" in text, "the model must write what would harm a terminal"
+        text = sample.printable(text)
+
+        pid, end, _ = on_a_terminal(60, 12, *options)
+        screen, wanted = Screen(60, 12), Screen(60, 12)
+        screen.feed(read_terminal(end))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        os.close(end)
+        wanted.feed(text.replace("\n", "\r\n") + "\r\n")
+        *shown, last, below = screen.text()
+        assert screen.clean() and shown == wanted.text()[:-1] and not below, (shown, wanted.text())
+        assert re.fullmatch(report, last)[2] == "62", last
+
+        pid, end, resize = on_a_terminal(60, 12, *options, "--delay=0.02")
+        seen = read_terminal(end, frames=12)
+        resize(17, 6)
+        seen += read_terminal(end, frames=8)
+        os.write(end, b"\x03")
+        seen += read_terminal(end)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        os.close(end)
+        assert code == 130, f"exit code {code}"
+        for on, off in (("\x1b[?25l", "\x1b[?25h"), ("\x1b[?1049h", "\x1b[?1049l")):
+            assert seen.count(on) == seen.count(off) and seen.rfind(on) <= seen.rfind(off), on
+        after = seen[max(seen.rfind("\x1b[?25h"), seen.rfind("\x1b[?1049l")) :]
+        after = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", after).replace("\r\n", "\n")
+        printed, _, last = after.removesuffix("\n").rpartition("\n")
+        assert 8 < len(printed) < 120 and text.startswith(printed), (text, printed)
+        assert int(re.fullmatch(report, last)[1]) == len(printed) - 5, last
+    return f"125 characters to the end; {len(printed)} at Ctrl-C, exit code {code}"
+
+
+def test_sample_in_a_pipe():
+    """The command as a process: standard input to standard output without an escape code."""
+    with checkpoint_folder() as (folder, net, tokenizer):
+        run = subprocess.run(
+            [sys.executable, str(HERE / "sample.py"), "--out_dir=.", "--prompt=-",
+             "--max_new_tokens=50", "--temperature=1"],
+            input="caf\xe9\n".encode(), capture_output=True, check=False, cwd=folder,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        )
+        assert (run.returncode, run.stderr) == (0, b""), run.stderr
+        text = tokenizer.decode(sample.generate(net, [tokenizer.encode("caf\xe9\n")], 50)[0])
+        assert run.stdout.decode() == text + "\n" and b"\x1b" not in run.stdout
+    return f"{len(text)} characters, none of them an escape"
 
 
 # ---- data ----------------------------------------------------------------------------------------
