@@ -1365,7 +1365,7 @@ def block_distribution(net, prompt, rule, steps, tau=0.9, gamma=0.5):
     p = net(tokens)[:, -S:].double().softmax(-1)
     table = dict(zip(states, zip(p.tolist(), -(p * p.log()).sum(-1), strict=True), strict=True))
 
-    @cache
+    @functools.cache
     def finish(state, left):
         masked = [i for i in range(S) if state[i] == V]
         if not masked:
