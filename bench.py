@@ -1,6 +1,7 @@
 """How fast: decoding against the autoregressive twin, both with their KV cache.
 
-    python bench.py decode                            the GPU nano's shape; minutes on 2 CPU cores
+    python bench.py decode                            the shape of train.py's defaults
+    python bench.py decode --n_layer=7 --n_head=6 --n_embd=384     the nano as on a GPU
     python bench.py decode --batches=1 --pairs=16:4 --json=true
 
 Speeds are ratios of interleaved runs: a machine's speed drifts, a ratio of neighbours does not.
@@ -21,10 +22,10 @@ from model import BlockCache, CascadeConfig, CascadeLM
 from sample import generate_stream
 
 # ---- settings ----------------------------------------------------------------------------------
-n_layer = 6
-n_head = 6
+n_layer = 4
+n_head = 4
 n_kv_head = 0  # 0: as many as n_head
-n_embd = 384
+n_embd = 128
 vocab_size = 84
 seq_len = 512
 tokens = 128  # new tokens of each row
