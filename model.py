@@ -33,9 +33,16 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from corrupt import check_blocks
+
+try:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+except ImportError:
+    raise SystemExit(
+        f"error: torch 2.5 or newer is needed, not {torch.__version__}: "
+        "pip install -r requirements.txt"
+    ) from None
 
 HIDDEN = -3e4  # added to a score it hides the key; finite, twice over in float16 too: no NaN
 
