@@ -36,7 +36,7 @@ near = 100  # positions whose passes are compared: work must not grow with the t
 far = 2000
 device = "auto"
 dtype = "auto"
-compile = "auto"  # torch.compile of the layers, for both contestants: true on CUDA
+compile = "false"  # or "true": torch.compile of the layers, for both contestants
 json = False  # one JSON object instead of the table
 # -------------------------------------------------------------------------------------------------
 DEFAULTS = public(dict(globals()))
@@ -125,12 +125,19 @@ def position_ratio(s, block_size):
 
 def decode(s):
     """Measure and print the decoding table."""
-    pairs = [tuple(map(int, pair.split(":"))) for pair in s.pairs.split(",")]
+    try:
+        pairs = [tuple(map(int, pair.split(":"))) for pair in s.pairs.split(",")]
+        batches = [int(batch) for batch in s.batches.split(",")]
+        assert all(len(pair) == 2 for pair in pairs)
+    except (ValueError, AssertionError):
+        raise SettingsError("write --pairs=16:4,8:4 (S:K) and --batches=1,4") from None
+    if min(s.tokens, s.repeats, s.near, *batches) < 1 or s.far < s.near:
+        raise SettingsError("tokens, repeats, batches and near must be at least 1, far >= near")
     gpt = make_model(s, "ar", 1, s.seq_len)
     rows = []
     for S, K in pairs:
         model = make_model(s, "diffusion", S, s.seq_len)
-        for batch in map(int, s.batches.split(",")):
+        for batch in batches:
             rows.append(decode_row(s, gpt, model, K, batch))
             if not s.json:
                 print_decode_row(rows[-1], first=len(rows) == 1)
@@ -165,7 +172,7 @@ def main(argv):
         if argv[:1] != ["decode"]:
             raise SettingsError("say what to measure: python bench.py decode")
         s = SimpleNamespace(**override(DEFAULTS, argv[1:]), attention="chunk", objective="ar")
-        lines = choose_machine(s, 0)
+        lines = choose_machine(s)
         if not s.json:
             print("\n".join(lines) + f"\nthreads    {torch.get_num_threads()}")
         decode(s)

@@ -124,7 +124,8 @@ HARMLESS = {
 def check_out_dir(s):
     """Make out_dir; refuse to replace a run in it that was not asked for."""
     path = Path(s.out_dir)
-    held = (path / "last.pt").exists()
+    names = ("last.pt",) if s.init_from == "resume" else ("last.pt", "best.pt")
+    held = any((path / name).exists() for name in names)
     if s.init_from == "scratch" and held and not s.overwrite:
         raise SettingsError(
             f"{path} holds a run already: --init_from=resume continues it, --overwrite=true "
@@ -136,6 +137,8 @@ def check_out_dir(s):
         path.mkdir(parents=True, exist_ok=True)
         (path / "last.pt.tmp").touch()
         (path / "last.pt.tmp").unlink()
+        if s.init_from == "scratch":  # a best.pt of the run being replaced would outlive it
+            (path / "best.pt").unlink(missing_ok=True)
     except OSError as e:
         raise SettingsError(f"cannot write to {path} ({e.strerror}): set --out_dir") from e
 

@@ -17,6 +17,9 @@ Why `balanced` noise is the default (weights are per masked token, for the per-t
     uniform    m ~ U[m_min, 1], each token masked at rate m     1 / (m S)  random, some blocks empty
     clipped    m ~ U[low, high], else as uniform                1 / (m S)  the same; not a bound
 
+`balanced` is constant over any batch whose blocks are a multiple of S. `uniform` leaves out rates
+below m_min, a share m_min of the average, so it is the bound but for about that share.
+
 Everything here is a pure function of its arguments and of an explicit CPU generator, so that
 noise can depend on (seed, step) alone and never on the device or the number of processes.
 """
@@ -165,7 +168,7 @@ def corrupt_target_block(
     x0, block_size, mask_id, generator, law="uniform", m_min=1e-3, clip=(0.3, 0.8),
     weighting="cascade", block=None,
 ):
-    """CASCADE's Phase 1 corruption: one target block per example, everything after it hidden.
+    """One target block per example, everything after it hidden, in one pass over N tokens.
 
     For each example: a target block b (uniform, or given as `block`, (B,) int64) and a rate m;
     the tokens of block b are masked at rate m, at least one; all tokens of blocks > b are masked;

@@ -22,18 +22,24 @@ def cpu_multiplies_bf16():
 
 
 def choose_device(name, local_rank=0):
-    """A device's name from the setting `device`; SettingsError for one that is not here."""
+    """A device's name from the setting `device`; SettingsError for one that is not here.
+
+    Left out: mps, which has no float64, and the draws and sums here are made in it.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, _ = name.partition(":")
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if not {"cpu": True, "cuda": cuda, "mps": mps}.get(kind):
-        raise SettingsError(f"--device={name} is not on this machine: use auto, cpu, cuda or mps")
-    return f"cuda:{local_rank}" if name == "cuda" else name
+        name = "cuda" if gpus else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    if name != "cpu" and name not in [f"cuda:{i}" for i in range(gpus)]:
+        raise SettingsError(f"--device={name} is not on this machine ({gpus} GPUs): use auto, cpu")
+    return name
 
 
-def choose_machine(s, local_rank):
+def choose_machine(s, local_rank=0, world=1):
     """Resolve device, dtype, attention and compile to what will run; returns lines that say why."""
+    if world > 1 and ":" in s.device:
+        raise SettingsError(f"--device={s.device} would put {world} processes on one GPU: use auto")
     s.device = choose_device(s.device, local_rank)
     on_cuda = s.device.startswith("cuda")
     if s.dtype == "auto":
@@ -49,12 +55,16 @@ def choose_machine(s, local_rank):
         raise SettingsError(f"--dtype must be auto, bfloat16 or float32, not {s.dtype!r}")
     if s.compile not in ("auto", "true", "false"):
         raise SettingsError(f"--compile must be auto, true or false, not {s.compile!r}")
-    s.compile = on_cuda if s.compile == "auto" else s.compile == "true"
+    narrow = s.n_embd < 16 * s.n_head  # FlexAttention's kernels start at a head dimension of 16
     if s.attention == "auto":
-        s.attention = "flex" if on_cuda and s.compile else "chunk"
-    if s.attention == "flex" and not (on_cuda and s.compile):
-        raise SettingsError("--attention=flex needs CUDA and --compile=true; chunk runs anywhere")
-    chunk = "exact, in chunks of whole blocks; flex, faster, needs CUDA and torch.compile"
+        flex = on_cuda and s.compile != "false" and not narrow
+        s.attention = "flex" if flex else "chunk"
+    s.compile = s.attention == "flex" if s.compile == "auto" else s.compile == "true"
+    if s.attention == "flex" and (narrow or not (on_cuda and s.compile)):
+        raise SettingsError(
+            "--attention=flex needs CUDA, --compile=true and heads of 16 or more; use chunk"
+        )
+    chunk = "exact, in chunks of whole blocks; flex, faster, needs CUDA"
     name = torch.cuda.get_device_name(s.device) if on_cuda else s.device
     lines = [f"device     {name}", f"dtype      {s.dtype}: {why}"]
     if s.objective == "diffusion":
@@ -77,11 +87,12 @@ class Processes:
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
 
-    def open(self, on_cuda):
-        if on_cuda:
-            torch.cuda.set_device(self.local_rank)
+    def open(self, device):
+        """Join the group; `device` is this process's own, as choose_device names it."""
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
         if self.world > 1:
-            dist.init_process_group("nccl" if on_cuda else "gloo")
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
 
     def sum(self, tensor):
         """Sum over all processes, in place."""
@@ -97,10 +108,21 @@ class Processes:
         dist.broadcast(tensor, src=0)
         return tensor.item()
 
+    def main_first(self, work, where):
+        """work() on the main process; its SettingsError is raised there and ends the others."""
+        error = None
+        if self.main:
+            try:
+                work()
+            except SettingsError as e:
+                error = e
+        if self.from_main(float(error is not None), where):
+            raise error or SettingsError("the main process says why")
+
     def wait(self):
         if self.world > 1:
             dist.barrier()
 
     def close(self):
-        if self.world > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()

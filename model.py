@@ -292,7 +292,8 @@ class BlockCausalAttention(nn.Module):
     def heads(self, projection, norm, h, rope):
         """Project (..., N, C), split heads, norm, rotate -> (..., heads, N, D)."""
         x = projection(h).unflatten(-1, (-1, self.D))  # (..., N, heads, D)
-        return (rotate(norm(x), *rope) if rope else x).transpose(-3, -2)
+        # autocast norms in float32 on CUDA: back to the dtype of v
+        return (rotate(norm(x), *rope).type_as(x) if rope else x).transpose(-3, -2)
 
     def forward(self, h, rope, attend, noisy_only=False):
         """h (..., N, C) -> (..., N, heads * D), the input of the output projection `o`.

@@ -16,7 +16,7 @@ from configurator import SettingsError, fail, override
 from dataset import DataError
 
 SETTINGS = {
-    **sample.DEFAULTS,
+    **{k: v for k, v in sample.DEFAULTS.items() if k not in ("num_samples", "delay")},
     "svg": "assets/crystallise.svg",
     "max_new_tokens": 320,
     "columns": 64,
@@ -46,8 +46,9 @@ def frames(s):
     model, tokenizer = sample.load(s)
     display = sample.Display(tokenizer, model.config.mask_id)
     display.glyph = "\u2591"
+    prompt = tokenizer.encode(sample.read_prompt(s.prompt))
     stream = sample.generate_stream(
-        model, [tokenizer.encode(s.prompt)], s.max_new_tokens, **sample.options(s, tokenizer)
+        model, [prompt], s.max_new_tokens, **sample.options(s, tokenizer)
     )
     for step in stream:
         yield sample.wrap(display.pieces(step, 0), s.columns)
@@ -82,6 +83,8 @@ def svg(pictures, s):
 def main(argv):
     try:
         s = SimpleNamespace(**override(SETTINGS, argv))
+        if min(s.columns, s.frame_ms, s.hold_ms) < 1:
+            raise SettingsError("columns, frame_ms and hold_ms must be at least 1")
         path = Path(s.svg)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(svg(list(frames(s)), s), encoding="utf-8")

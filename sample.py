@@ -1,7 +1,7 @@
 """Write text block by block from a checkpoint, and watch it crystallise.
 
     python sample.py                                        from nothing, the nano of train.py
-    python sample.py --prompt="ROMEO." --steps=4            a quarter of the passes at S=16
+    python sample.py --prompt="KING." --steps=4             half the passes at S=8
     python sample.py --prompt=FILE:path --rule=threshold    a prompt from a file; "-" is stdin
     python sample.py --num_samples=4 --delay=0.1 | cat      in a pipe: plain text only
 

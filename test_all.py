@@ -976,9 +976,9 @@ def test_commands_of_the_readme():
         )
         assert code == 0 and f"after {steps['max_steps'] + 5} steps" in said, err + said
         code, said, err = command(
-            "sample.py", out, "--prompt=ROMEO.", "--steps=2", "--max_new_tokens=30", env=env
+            "sample.py", out, "--prompt=KING.", "--steps=2", "--max_new_tokens=30", env=env
         )
-        assert code == 0 and said.startswith("ROMEO.") and len(said) == 6 + 30 + 1, (said, err)
+        assert code == 0 and said.startswith("KING.") and len(said) == 5 + 30 + 1, (said, err)
     return "train (which prepares the data), resume, sample"
 
 
@@ -1000,6 +1000,9 @@ def test_bad_input():
             (train, [*new, "--max_steps=0"], "set --max_steps or --max_minutes"),
             (train, [*new, "--batch_size=7", "--micro_batch=2"], "must be a multiple"),
             (train, [*new, "--batch_size=0"], "at least 1"),
+            (train, [*new, "--micro_batch=-1"], "must be 0 or more"),
+            (train, [*new, "--muon_lr=-1"], "must be 0 or more"),
+            (train, [*new, "--device=tpu"], "not on this machine"),
             (train, [*new, "--optimizer=sgd"], "muon or adamw"),
             (train, [*new, "--attention=flex"], "needs CUDA"),
             (train, [*new, "--dtype=float8"], "--dtype must be"),

@@ -2,15 +2,17 @@
 
     python train.py                                      the nano on the text that ships here
     python train.py config/nano.py --max_minutes=20      a config file, then overrides
-    python train.py --objective=ar --block_size=1        the same network as a next-token GPT
+    python train.py --objective=ar --block_size=1 --out_dir=out/gpt     the same net as a GPT
     torchrun --nproc_per_node=8 train.py config/nano.py  the same batches and noise, shared out
     python train.py config/nano.py --init_from=resume    go on from out_dir/last.pt
 
 Batches and noise are pure functions of (seed, step), drawn for the whole global batch and then
-sliced, so a resumed run, more processes or smaller micro-batches compute the same thing.
+sliced, so a resumed run, more processes or smaller micro-batches compute the same thing. (With
+max_minutes the learning rate follows the clock, which no seed repeats.)
 """
 
 import math
+import shlex
 import signal
 import subprocess
 import sys
@@ -81,10 +83,10 @@ eval_windows = 64  # validation windows for that bound
 final_windows = 512  # windows for the bound at the end
 sample_tokens = 400  # length of the sample at the end; 0 for none
 # the machine
-device = "auto"  # cuda if there is one, else cpu; or mps
+device = "auto"  # cuda if there is one, else cpu
 dtype = "auto"  # bfloat16 where the hardware multiplies it, else float32
 attention = "auto"  # flex on CUDA, chunk elsewhere
-compile = "auto"  # torch.compile of the layers: true on CUDA, false elsewhere
+compile = "auto"  # torch.compile of the layers: true with flex, false elsewhere
 # -------------------------------------------------------------------------------------------------
 DEFAULTS = public(dict(globals()))
 
@@ -148,7 +150,7 @@ def load_data(s, processes):
             print(f"data/{s.dataset} is not prepared yet: running {script.name}", flush=True)
             if subprocess.run([sys.executable, str(script)], check=False).returncode:
                 raise DataError(f"{script} failed: see its message above")
-        processes.wait()
+    processes.wait()  # every process comes by here, whatever it found on disk
     return load_dataset(s.dataset, s.seq_len)
 
 
@@ -260,6 +262,12 @@ def check_settings(s, world):
     for name in ("batch_size", "log_every", "eval_every", "eval_windows", "final_windows"):
         if getattr(s, name) < 1:
             raise SettingsError(f"--{name} must be at least 1, not {getattr(s, name)}")
+    for name in ("micro_batch", "sample_tokens", "learning_rate", "muon_lr", "weight_decay",
+                 "grad_clip", "warmup_steps", "final_lr", "max_steps", "max_minutes"):
+        if not getattr(s, name) >= 0:
+            raise SettingsError(f"--{name} must be 0 or more, not {getattr(s, name)}")
+    if not (0 <= s.beta1 < 1 and 0 <= s.beta2 < 1):
+        raise SettingsError(f"--beta1 and --beta2 must lie in [0, 1), not {s.beta1} and {s.beta2}")
     share, rest = divmod(s.batch_size, world)
     if rest or (s.micro_batch and share % s.micro_batch):
         raise SettingsError(
@@ -276,15 +284,14 @@ class Run:
 
     def __init__(self, s, processes):
         self.s, self.processes = s, processes
-        lines = choose_machine(s, processes.local_rank)
+        lines = choose_machine(s, processes.local_rank, processes.world)
         self.on_cuda = s.device.startswith("cuda")
-        processes.open(self.on_cuda)
+        processes.open(s.device)
         check_settings(s, processes.world)
         self.data = load_data(s, processes)
         shape = {f.name: getattr(s, f.name) for f in fields(CascadeConfig) if hasattr(s, f.name)}
         self.config = CascadeConfig(vocab_size=self.data.vocab_size, **shape)
-        check_out_dir(s) if processes.main else None
-        processes.wait()
+        processes.main_first(lambda: check_out_dir(s), s.device)
         torch.manual_seed(s.seed)
         torch.set_float32_matmul_precision("high")
         self.model = CascadeLM(self.config, s.attention).to(s.device)
@@ -296,12 +303,13 @@ class Run:
             self.restore(load_checkpoint(Path(s.out_dir) / "last.pt", s.device))
         if s.compile:
             for block in self.model.blocks:
-                # exact counts keep every shape static; Bernoulli masks do not
-                block.compile(dynamic=False if s.noise == "balanced" else None)
+                block.compile(dynamic=False if self.static_shapes() else None)
         self.batches = Prefetch(self.make_batches)
         self.loss = Loss(self.model)
         if processes.world > 1:
-            self.loss = nn.parallel.DistributedDataParallel(self.loss)
+            # layers are compiled one by one: splitting them to overlap communication breaks flex
+            torch._dynamo.config.optimize_ddp = False
+            self.loss = nn.parallel.DistributedDataParallel(self.loss, broadcast_buffers=False)
         lines.append(
             f"model      {self.model.count_parameters():,} parameters: {s.n_layer} layers, "
             f"{s.n_head} heads, width {s.n_embd}, context {s.seq_len}, "
@@ -320,6 +328,12 @@ class Run:
         if self.s.dtype == "float32":
             return nullcontext()
         return torch.autocast(self.s.device.split(":")[0], dtype=torch.bfloat16)
+
+    def static_shapes(self):
+        """Whether every micro-batch masks equally many tokens: exact counts in whole strata."""
+        s, S = self.s, self.config.block_size
+        size = s.micro_batch or s.batch_size // self.processes.world
+        return s.noise == "balanced" and size * (s.seq_len // S) % S == 0
 
     def progress(self, seconds):
         """How much of the budget is used, in [0, 1]: of steps or of minutes, the larger."""
@@ -360,8 +374,8 @@ class Run:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
         if not math.isfinite(norm.item()):
             raise SettingsError(
-                f"the gradient is not finite at step {self.step}: nothing was saved since; resume "
-                "with --init_from=resume after lowering --learning_rate and --muon_lr"
+                f"the gradient is not finite at step {self.step}: lower --learning_rate and "
+                "--muon_lr, and start again with --overwrite=true or another --out_dir"
             )
         for optimizer in self.optimizers:
             optimizer.step()
@@ -471,10 +485,11 @@ def train_loop(run):
                 report(run, loss, lr, rate, mfu, left)
             mark, mark_step, losses = time.perf_counter(), run.step, 0.0
         if run.step % s.eval_every == 0 and not done:
+            paused = time.perf_counter()
             run.bound = run.evaluate(s.eval_windows)
             run.save()
             run.seconds = time.perf_counter() - began
-            mark += time.perf_counter() - mark  # evaluation is not training speed
+            mark += time.perf_counter() - paused  # evaluation is not training speed
         if stopping:
             break
     return progress >= 1.0
@@ -489,8 +504,11 @@ def finish(run, complete):
     if not run.processes.main:
         return
     if not complete:
-        command = " ".join(["python train.py", *(a for a in sys.argv[1:] if "init_from" not in a)])
-        print(f"stopped at step {run.step}, saved; go on with\n  {command} --init_from=resume")
+        again = [a for a in sys.argv[1:] if not a.startswith(("--init_from", "--overwrite"))]
+        print(
+            f"stopped at step {run.step}, saved; go on with\n"
+            f"  {shlex.join(['python', 'train.py', *again, '--init_from=resume'])}"
+        )
         return
     mean, error = run.final
     kind, sign = ("bound", "<=") if s.objective == "diffusion" else ("NLL", "=")
@@ -505,10 +523,10 @@ def finish(run, complete):
     if s.sample_tokens:
         heat = SAMPLE["temperature"]
         print(f"\n---- a sample, unedited: temperature {heat}, seed {s.seed} ".ljust(80, "-"))
+        model = CascadeLM(run.config).to(s.device)  # not compiled: decoding's shapes change
+        model.load_state_dict(run.model.state_dict())
         with run.autocast():
-            rows = generate(
-                run.model.eval(), [[]], s.sample_tokens, temperature=heat, seed=s.seed
-            )
+            rows = generate(model.eval(), [[]], s.sample_tokens, temperature=heat, seed=s.seed)
         print(run.data.tokenizer.decode(rows[0]) + "\n" + "-" * 79)
     print(
         f"\ncheckpoint: {s.out_dir}/last.pt; the best bound was at step {run.best_step}: best.pt\n"

@@ -1,4 +1,4 @@
-"""CASCADE-nano as it is defined: 12M parameters, 512 tokens of context, 200M tokens of FineWeb-Edu.
+"""CASCADE-nano on web text: 12M parameters, 512 tokens of context, 200M tokens of FineWeb-Edu.
 
     python data/fineweb_edu/prepare.py --tokens=200M     400 MB on disk; readme.md there
     python train.py config/fineweb_nano.py
