@@ -51,6 +51,9 @@ def make_model(s, objective, block_size, context):
     torch.manual_seed(0)
     model = CascadeLM(config).to(s.device).eval()
     if s.compile:
+        # every layer, block size and batch size is a graph of its own: past the limit torch would
+        # go on uncompiled without a word
+        torch._dynamo.config.recompile_limit = 256
         for block in model.blocks:
             block.compile(dynamic=True)
     return model
