@@ -36,7 +36,6 @@ near = 100  # positions whose passes are compared: work must not grow with the t
 far = 2000
 device = "auto"
 dtype = "auto"
-compile = "false"  # or "true": torch.compile of the layers, for both contestants
 json = False  # one JSON object instead of the table
 # -------------------------------------------------------------------------------------------------
 DEFAULTS = public(dict(globals()))
@@ -49,14 +48,7 @@ def make_model(s, objective, block_size, context):
         **shape, seq_len=context, block_size=block_size, objective=objective
     )
     torch.manual_seed(0)
-    model = CascadeLM(config).to(s.device).eval()
-    if s.compile:
-        # every layer, block size and batch size is a graph of its own: past the limit torch would
-        # go on uncompiled without a word
-        torch._dynamo.config.recompile_limit = 256
-        for block in model.blocks:
-            block.compile(dynamic=True)
-    return model
+    return CascadeLM(config).to(s.device).eval()
 
 
 def seconds(s, work):
@@ -174,7 +166,9 @@ def main(argv):
     try:
         if argv[:1] != ["decode"]:
             raise SettingsError("say what to measure: python bench.py decode")
-        s = SimpleNamespace(**override(DEFAULTS, argv[1:]), attention="chunk", objective="ar")
+        s = SimpleNamespace(
+            **override(DEFAULTS, argv[1:]), attention="chunk", compile="false", objective="ar"
+        )
         lines = choose_machine(s)
         if not s.json:
             print("\n".join(lines) + f"\nthreads    {torch.get_num_threads()}")
