@@ -309,7 +309,7 @@ class Run:
         if processes.world > 1:
             # layers are compiled one by one: splitting them to overlap communication breaks flex
             torch._dynamo.config.optimize_ddp = False
-            self.loss = nn.parallel.DistributedDataParallel(self.loss, broadcast_buffers=False)
+            self.loss = nn.parallel.DistributedDataParallel(self.loss)
         lines.append(
             f"model      {self.model.count_parameters():,} parameters: {s.n_layer} layers, "
             f"{s.n_head} heads, width {s.n_embd}, context {s.seq_len}, "
