@@ -10,8 +10,8 @@ Measured on two shared cores of an AMD EPYC (Zen 3, float32, no bf16 units), tor
     4.5 minutes, 1.05M tokens: bound <= 2.113 +- 0.010 (<= 2.266 at 0.61M tokens in a slower hour)
     15 minutes, 2.19M tokens: bound <= 1.970 +- 0.011
 
-The recipe was chosen on that machine at 1.02M tokens (README, notes). On a machine with a GPU:
-12.4M parameters, not measured yet; there `python train.py --device=cpu` gives the small model.
+Only Muon's rate was chosen by measurement (README, notes); width, depth, batch and context are
+first guesses that were not compared. On a machine with a GPU: 12.4M parameters, not measured yet; there `python train.py --device=cpu` gives the small model.
 """
 
 import torch
