@@ -11,7 +11,8 @@ Measured on two shared cores of an AMD EPYC (Zen 3, float32, no bf16 units), tor
     15 minutes, 2.19M tokens: bound <= 1.970 +- 0.011
 
 Only Muon's rate was chosen by measurement (README, notes); width, depth, batch and context are
-first guesses that were not compared. On a machine with a GPU: 12.4M parameters, not measured yet; there `python train.py --device=cpu` gives the small model.
+first guesses that were not compared. On a machine with a GPU: 12.4M parameters, not measured yet;
+there `python train.py --device=cpu` gives the small model.
 """
 
 import torch
