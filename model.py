@@ -207,6 +207,7 @@ class BlockCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.start = torch.zeros(batch, dtype=torch.long, device=device) if start is None else start
         self.length = 0
+        self.graphs = None  # CudaGraphs, to replay passes and not launch each of their kernels
         self.hidden = None  # (B, 1, 1, capacity) additive mask of the slots before a row's start
         if bool((self.start > 0).any()):
             before = torch.arange(capacity, device=device) < self.start[:, None]
@@ -246,7 +247,65 @@ class BlockCache:
         return out[0] if len(out) == 1 else torch.cat(out, dim=2)
 
 
+class CudaGraphs:
+    """Cached passes recorded once per number of tokens (one block, or two) and then replayed.
+
+    At batch 1 a pass is hundreds of kernels, each shorter than its launch; a replay launches once.
+    """
+
+    def __init__(self, model, cache):
+        self.model, self.cache, self.recorded = model, cache, {}
+        self.length = torch.zeros((), dtype=torch.long, device=cache.k.device)
+
+    def __call__(self, tokens):
+        self.length.fill_(self.cache.length)
+        if tokens.shape[1] not in self.recorded:
+            self.recorded[tokens.shape[1]] = self.record(tokens.clone())
+        graph, inputs, logits = self.recorded[tokens.shape[1]]
+        inputs.copy_(tokens)
+        graph.replay()
+        return logits.clone()  # the next replay writes to the same memory
+
+    def record(self, inputs):
+        """(graph, inputs, logits); a pass repeated at one length leaves the cache the same."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries allocate what they need before the recording
+            for _ in range(3):
+                self.model.static_pass(inputs, self.cache, self.length)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.clear_autocast_cache()  # casts of weights belong to the recording
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self.model.static_pass(inputs, self.cache, self.length)
+        torch.clear_autocast_cache()
+        return graph, inputs, logits
+
+
 # ---- the network -----------------------------------------------------------------------------
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = n * weight with n = x / rms. On a CPU torch's own is a chain of ten operations.
+
+    Backward: dweight = sum g n; dx = (g weight - n mean(g weight n)) / rms.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # 1 / rms
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, scale = ctx.saved_tensors
+        n = x * scale
+        gn = g * n
+        mean = (gn @ weight).div_(x.shape[-1]).unsqueeze(-1)
+        dx = (g * weight).addcmul_(n, mean, value=-1).mul_(scale)
+        return dx, gn.flatten(0, -2).sum(dim=0), None
 
 
 class RMSNorm(nn.Module):
@@ -258,6 +317,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
+        if x.dtype == self.weight.dtype and not x.is_cuda:
+            return _RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -268,11 +329,31 @@ def rotary_tables(config):
     return angle.cos().float()[:, None], angle.sin().float()[:, None]
 
 
+class _Rotate(torch.autograd.Function):
+    """Written into one output, so that no slices are differentiated: the gradient turns back."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        out = torch.empty_like(x)
+        (x1, x2), (y1, y2) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+        torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
+        torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(g, cos, -sin), None, None
+
+
 def rotate(x, cos, sin):
     """Rotary embedding, half-split layout: turn each pair (x_d, x_{d + D/2}) by its angle.
 
     x (..., N, H, D); cos, sin (..., N, 1, D / 2) in float32, so that angles keep their precision.
     """
+    if x.dtype == cos.dtype and not x.is_cuda:
+        return _Rotate.apply(x, cos, sin)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)
 
@@ -456,15 +537,47 @@ class CascadeLM(nn.Module):
             raise ValueError(f"the cache holds {cache.capacity} tokens, not {cache.length + Q}")
         if c.objective == "diffusion" and bool((tokens[:, :commit] == c.mask_id).any()):
             raise ValueError("a block with masked tokens is not finished: it cannot be cached")
-        positions = cache.positions(Q)
+        if cache.graphs is not None and Q <= 2 * c.block_size:
+            logits = cache.graphs(tokens)
+        else:
+            positions = cache.positions(Q)
+            logits = self._cached_pass(
+                tokens, positions, lambda *qkv: cache.attend(*qkv, commit, c.block_size)
+            )
+        cache.length += commit
+        return logits
+
+    def _cached_pass(self, tokens, positions, attend):
+        """Logits of the last block; attend(layer, q, k, v) reads and writes the cache."""
         rope = self.cos[positions], self.sin[positions]  # (B, Q, 1, D / 2)
         h = self.embed(tokens)
         for layer, block in enumerate(self.blocks):
-            h = block(
-                h, rope, lambda q, k, v, i=layer: cache.attend(i, q, k, v, commit, c.block_size)
-            )
-        cache.length += commit
-        return self.logits(h[:, -c.block_size :])
+            h = block(h, rope, lambda q, k, v, i=layer: attend(i, q, k, v))
+        return self.logits(h[:, -self.config.block_size :])
+
+    @torch.no_grad()
+    def static_pass(self, tokens, cache, length):
+        """A pass of `decode` whose shapes and work depend on no number on the host.
+
+        length: int64 tensor (), the cache's. Every pass reads the whole cache, hidden where it
+        must not be seen, which is the price of replaying one recording for every position.
+        """
+        S, where = self.config.block_size, tokens.device
+        place = torch.arange(tokens.shape[1], device=where)
+        slots, seen = length + place, torch.arange(cache.capacity, device=where)
+        visible = seen < (length + (place // S + 1) * S)[:, None]  # to the end of its own block
+        visible = visible & (seen >= cache.start[:, None, None])  # (B, Q, capacity)
+        bias = torch.zeros(visible.shape, dtype=cache.k.dtype, device=where)
+        bias = bias.masked_fill_(~visible, HIDDEN).unsqueeze(1)
+
+        def attend(layer, q, k, v):
+            keys, values = cache.k[layer], cache.v[layer]
+            keys.index_copy_(2, slots, k.to(keys.dtype))
+            values.index_copy_(2, slots, v.to(keys.dtype))
+            return _sdpa(q.to(keys.dtype), keys, values, bias)
+
+        positions = (slots - cache.start[:, None]).clamp(min=0)
+        return self._cached_pass(tokens, positions, attend)
 
     def count_parameters(self):
         return sum(p.numel() for p in self.parameters())

@@ -30,7 +30,7 @@ from checkpoint import load_model
 from configurator import SettingsError, fail, override, public
 from dataset import DataError, Tokenizer
 from machine import choose_device
-from model import BlockCache
+from model import BlockCache, CudaGraphs
 
 # ---- settings ----------------------------------------------------------------------------------
 out_dir = "out/nano"  # or a checkpoint file
@@ -49,6 +49,7 @@ seed = 1337
 block_size = 0  # 0 = as trained; another needs --any_block_size=true
 any_block_size = False
 delay = 0.0  # seconds between frames, for watching
+cuda_graphs = False  # on CUDA: replay recorded passes
 device = "auto"
 # -------------------------------------------------------------------------------------------------
 DEFAULTS = public(dict(globals()))
@@ -167,8 +168,9 @@ class Sampling:
     gamma: float = 0.5
     seed: int = 1337
     stop_token: int | None = None  # a token id that ends a row, and is not part of it
+    cuda_graphs: bool = False  # replay recorded passes (model.CudaGraphs)
 
-    def check(self, S):
+    def check(self, S, on_cuda):
         if self.rule not in RULES:
             raise ValueError(f"unknown rule {self.rule!r}: one of {', '.join(RULES)}")
         self.steps = self.steps or S
@@ -184,6 +186,8 @@ class Sampling:
             raise ValueError(f"tau must lie in (0, 1], not {self.tau}")
         if not self.gamma >= 0:
             raise ValueError(f"gamma must be 0 or more, not {self.gamma}")
+        if self.cuda_graphs and not on_cuda:
+            raise ValueError("cuda_graphs needs a CUDA device: leave it out")
 
 
 def check_prompts(prompts, max_new_tokens, c):
@@ -235,9 +239,9 @@ def generate_stream(model, prompts, max_new_tokens, **options):
     """
     c, o = model.config, Sampling(**options)
     S, ar = c.block_size, c.objective == "ar"
-    o.check(S)
-    check_prompts(prompts, max_new_tokens, c)
     where = next(model.parameters()).device
+    o.check(S, where.type == "cuda")
+    check_prompts(prompts, max_new_tokens, c)
     generator = torch.Generator(where).manual_seed(o.seed)
     have = torch.tensor([len(row) for row in prompts], device=where)
     goal = have + max_new_tokens
@@ -245,11 +249,11 @@ def generate_stream(model, prompts, max_new_tokens, **options):
     text = [[*row, *[c.mask_id] * (width - len(row))] for row in prompts]
     text = torch.tensor(text, device=where)
     start, settled, done, nfe = have // S * S, have.clone(), goal <= have, 0
-    cache, pending = open_cache(model, text, start, c.seq_len - S)
+    cache, pending = open_cache(model, text, start, c.seq_len - S, o.cuda_graphs)
     yield Step(text[:, :0], text[:, :0] >= 0, have, settled, done, nfe, text)
     while not bool(done.all()):
         if cache.length + pending.shape[1] + (0 if ar else S) > cache.capacity:
-            cache, pending = open_cache(model, text, start, c.seq_len // S // 2 * S)
+            cache, pending = open_cache(model, text, start, c.seq_len // S // 2 * S, o.cuda_graphs)
         place = start[:, None] + torch.arange(S, device=where)  # a finished row goes on, unseen
         block = text.gather(1, place)
         order = torch.rand(block.shape, generator=generator, dtype=torch.float64, device=where)
@@ -277,7 +281,7 @@ def reveal(logits, block, mask_id, order, steps_left, o, generator):
     return revealed, torch.where(revealed, draw(p, generator), block)
 
 
-def open_cache(model, text, start, most):
+def open_cache(model, text, start, most, graphs):
     """A fresh cache, and the finished tokens (B, Q) that the next pass commits to it.
 
     Each row keeps its last `most` tokens before `start`, both whole blocks. Rows end in the same
@@ -296,7 +300,9 @@ def open_cache(model, text, start, most):
     kind = text.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else model.embed.weight.dtype
-    return BlockCache(c, len(text), c.seq_len, pad, text.device, dtype), pending
+    cache = BlockCache(c, len(text), c.seq_len, pad, text.device, dtype)
+    cache.graphs = CudaGraphs(model, cache) if graphs else None
+    return cache, pending
 
 
 def settle(block, place, goal, have, stop_token, settled, done):
@@ -448,7 +454,7 @@ def options(s, tokenizer):
     return {
         "rule": s.rule, "steps": s.steps, "temperature": s.temperature, "top_k": s.top_k,
         "top_p": s.top_p, "tau": s.tau, "gamma": s.gamma, "seed": s.seed,
-        "stop_token": stop_ids[0] if stop_ids else None,
+        "stop_token": stop_ids[0] if stop_ids else None, "cuda_graphs": s.cuda_graphs,
     }
 
 

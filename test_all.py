@@ -1160,6 +1160,30 @@ def test_cache_equals_uncached():
     return within(worst, 1e-5, f"{blocks} blocks, max|diff|")
 
 
+def test_static_pass():
+    """What CUDA graphs record, shapes and host numbers fixed, equals the pass it stands for."""
+    worst = 0.0
+    for shape in (GQA, MHA, {**MHA, "block_size": 1, "objective": "ar"}):
+        net = tiny_model(**shape)
+        c, S = net.config, net.config.block_size
+        clean = torch.randint(c.vocab_size, (3, c.seq_len), generator=generator(1))
+        start = torch.tensor([0, 4, 8])
+        plain, static = (cascade.BlockCache(c, 3, c.seq_len, start) for _ in range(2))
+        for store in (plain, static):
+            net.decode(clean[:, :12], store, 12)
+        static.graphs = lambda tokens, net=net, store=static: net.static_pass(
+            tokens, store, torch.tensor(store.length)
+        )
+        tail = torch.full((3, S if c.objective == "diffusion" else 0), c.mask_id)
+        for a in range(12, c.seq_len - S, S):
+            for tokens, commit in ((tail, 0), (torch.cat([clean[:, a : a + S], tail], 1), S)):
+                if tokens.shape[1]:
+                    logits = [net.decode(tokens, store, commit) for store in (plain, static)]
+                    worst = max(worst, diff(*logits))
+        assert plain.length == static.length == c.seq_len - S
+    return within(worst, 1e-5, "logits, max|diff|")
+
+
 def test_cache_fused_commit():
     """Committing a block in the next block's first pass equals a pass of its own for it."""
     worst = 0.0
