@@ -2578,7 +2578,7 @@ def test_eval_noise_error():
         errors.append(evaluation.noise_error(loss.mean(dim=2), 3))
         off.append((loss.mean().item() - exact) / errors[-1])
     covered = np.mean(np.abs(off) < 2)
-    assert 0.88 < covered < 0.995, f"2 errors cover {covered:.1%} of 120 estimates"
+    assert 0.85 < covered < 0.99, f"2 errors cover {covered:.1%} of 120 estimates"
     # their squares are unbiased: the mean square error of the estimates is what they say
     said, true = np.mean(np.square(errors)), np.mean(np.square(np.multiply(off, errors)))
     assert 0.7 < true / said < 1.4, f"squared error {true:.2e}, said {said:.2e}"
