@@ -595,7 +595,8 @@ class Progress:
         rate = (done - self.first) / (now - self.start)
         left = (self.total - done) / max(rate, 1e-9)
         eta = f"{left:.0f}s" if left < 100 else f"{left / 60:.1f}m"
-        print(f"\r{self.label} {done / self.total:4.0%} | {rate / 1e6:.1f} M{self.unit}/s | "
+        rate = f"{rate / 1e6:.1f} M" if rate > 1e5 else f"{rate / 1e3:.1f} k"
+        print(f"\r{self.label} {done / self.total:4.0%} | {rate}{self.unit}/s | "
               f"eta {eta}\033[K", end="", file=sys.stderr, flush=True)
 
     def close(self):

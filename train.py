@@ -176,6 +176,26 @@ class Loss(nn.Module):
 
 
 @torch.no_grad()
+def token_nll(model, x0, mask, at=None):
+    """(B, N) float64 on the model's device: -log p, in nats, of each token where `at`, else 0.
+
+    Diffusion: x0 (B, N) with the places `mask` (B, N) hidden; `at` are those to score, by default
+    all of them. objective "ar": every token given those before it; mask and at are ignored.
+    """
+    where = next(model.parameters()).device
+    if model.config.objective == "ar":
+        x0 = x0.to(where)
+        return F.cross_entropy(model.ar_logits(x0).mT, x0, reduction="none").double()
+    index = (mask if at is None else at).flatten().nonzero()[:, 0].to(where)
+    xt = x0.masked_fill(mask, model.config.mask_id).to(where)
+    x0 = x0.to(where)
+    logits = model.masked_logits(x0, xt, index)
+    nll = torch.zeros(x0.numel(), dtype=torch.float64, device=where)
+    nll[index] = F.cross_entropy(logits, x0.flatten()[index], reduction="none").double()
+    return nll.view_as(x0)
+
+
+@torch.no_grad()
 def evaluate(model, split, windows, seed=0, batch=16, autocast=nullcontext, processes=None):
     """(mean, standard error) in nats per token over fixed windows, the same on every call.
 
@@ -196,20 +216,10 @@ def evaluate(model, split, windows, seed=0, batch=16, autocast=nullcontext, proc
     for rows in torch.arange(windows).split(batch)[rank::world]:
         x0 = torch.from_numpy(split.window(starts[rows].numpy(), c.seq_len))
         with autocast():
-            if c.objective == "ar":
-                x0 = x0.to(where)
-                nll = F.cross_entropy(model.ar_logits(x0).mT, x0, reduction="none")
-                total[rows] = nll.double().mean(dim=1)
-                continue
-            mask = noise.mask[rows]
-            index = mask.flatten().nonzero()[:, 0]
-            xt = x0.masked_fill(mask, c.mask_id)
-            x0, xt = x0.to(where), xt.to(where)
-            logits = model.masked_logits(x0, xt, index.to(where))
-        nll = F.cross_entropy(logits, x0.flatten()[index], reduction="none").double()
-        weighted = torch.zeros(x0.numel(), dtype=torch.float64, device=where)
-        weighted[index] = nll * noise.weight[rows].flatten()[index].to(where)
-        total[rows] = weighted.view(len(rows), -1).sum(dim=1) / (c.seq_len // c.block_size)
+            nll = token_nll(model, x0, noise.mask[rows])
+        # objective "ar" has S = 1: all weights are 1, and blocks are tokens
+        weighted = nll * noise.weight[rows].to(where)
+        total[rows] = weighted.sum(dim=1) / (c.seq_len // c.block_size)
     total = processes.sum(total) if processes else total
     error = total.std().item() / math.sqrt(windows) if windows > 1 else math.nan
     return total.mean().item(), error

@@ -1,0 +1,16 @@
+"""One row of the README's table of block sizes: same network, tokens and text, another S.
+
+    python train.py config/table.py --block_size=8 --out_dir=out/table/s8
+    python train.py config/table.py --objective=ar --block_size=1 --out_dir=out/table/ar
+
+The README, Evaluation, has the loop over all rows. A fixed number of steps makes the tokens equal;
+without a validation in between, the tokens/s in the table are those of training alone.
+"""
+
+dataset = "shakespeare"
+seq_len = 128  # a multiple of every S in the table; S = 128 is plain masked diffusion
+batch_size = 8  # 8 x 128 = 1,024 tokens
+max_steps = 1000  # x 1,024 = 1.02M tokens
+max_minutes = 0
+eval_every = 1_000_000
+sample_tokens = 0
