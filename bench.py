@@ -732,11 +732,10 @@ def gpu_decode(s):
 
 def gpu_shakespeare(s, *settings):
     """The first steps of config/shakespeare_char.py, and what the whole run would take."""
-    # the text that ships here where tiny Shakespeare is not prepared; the row names it
-    have = (data_root() / "shakespeare_char" / "meta.json").exists()
-    dataset = "shakespeare_char" if have else "shakespeare"
     chosen = override(train.DEFAULTS, ["config/shakespeare_char.py", *settings])
-    whole = chosen["max_steps"]
+    dataset, whole = chosen["dataset"], chosen["max_steps"]
+    if not (data_root() / dataset / "meta.json").exists():
+        dataset = "shakespeare"  # the text that ships here; the row names it
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
         chosen |= {"dataset": dataset, "out_dir": out, "max_steps": s.steps, "device": s.device,
                    "eval_every": 10**9}

@@ -1,7 +1,7 @@
 """The clock of the comparison: our autoregressive twin under nanoGPT's settings for a CPU.
 
     python data/shakespeare_char/prepare.py
-    python train.py config/nanogpt_cpu.py                about TIME minutes on 2 CPU cores
+    python train.py config/nanogpt_cpu.py                on a CPU; not timed yet
     python train.py config/nanogpt_cpu.py --objective=diffusion --block_size=4 --out_dir=out/cpu4
 
 nanoGPT's README trains 4 layers, 4 heads, width 128, context 64, batch 12 for 2,000 steps without
@@ -19,7 +19,7 @@ block_size = 1
 n_layer = 4
 n_head = 4
 n_embd = 128
-n_hidden = 341  # 3 x 341 = 1,023: the weights of nanoGPT's two 128 x 512 matrices; 0.8M in all
+n_hidden = 344  # 3 x 128 x 344 weights for nanoGPT's 2 x 128 x 512: 0.81M in all, there 0.80M
 seq_len = 64
 dtype = "float32"
 batch_size = 12  # 12 x 64 = 768 characters
