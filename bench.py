@@ -15,11 +15,13 @@ Weights and tokens are random, since speed does not depend on them.
 import contextlib
 import gc
 import io
+import itertools
 import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
+import traceback
 from concurrent.futures import ProcessPoolExecutor
 from json import dumps
 from pathlib import Path
@@ -517,12 +519,20 @@ def where_time_goes(s, run, steps=3):
 
 def machine_contestants(s):
     """({name: work}, FLOPs of "product", bytes of "copy"): the machine's two limits."""
-    side = s.product or (8192 if on_cuda(s) else 2048)
-    a, b = torch.randn(2, side, side, device=s.device).to(getattr(torch, s.dtype)).unbind()
+    side, times = s.product or (8192 if on_cuda(s) else 2048), 10 if on_cuda(s) else 1
+    a, b, c = torch.randn(3, side, side, device=s.device).to(getattr(torch, s.dtype)).unbind()
     source = torch.ones(s.copy_mb * 2**18, device=s.device)  # float32: 2^20 bytes per MB
     target = torch.empty_like(source)
-    work = {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    return work, 2 * side**3, 2 * source.nbytes
+
+    def product():
+        for _ in range(times):
+            torch.mm(a, b, out=c)
+
+    def copy():
+        for _ in range(times):
+            target.copy_(source)
+
+    return {"product": product, "copy": copy}, times * 2 * side**3, times * 2 * source.nbytes
 
 
 def train_row(s, N, S):
@@ -657,20 +667,19 @@ def attention_errors(attend, dtype, N, S, D, device, noisy_only=False, gradient=
 
 def gpu_parity(s):
     """Both attention paths against the oracle: FlexAttention as it trains, compiled."""
-    shapes = ((256, 16), (192, 4)) if on_cuda(s) else ((32, 4),)
+    cases = ((256, 16, False), (192, 4, True)) if on_cuda(s) else ((32, 4, False), (32, 4, True))
     worst = {}
-    for N, S in shapes:
-        for dtype in (torch.bfloat16, torch.float16):
-            for noisy_only in (False, True):
-                mask = flex_block_mask(N, S, noisy_only, s.device)
-                paths = {"chunk": lambda q, k, v, S=S: chunked_two_stream_attention(q, k, v, S)}
-                if on_cuda(s):
-                    flex = torch.compile(flex_two_stream_attention, dynamic=False)
-                    paths["flex"] = lambda q, k, v, f=flex, m=mask: f(q, k, v, m)
-                for name, path in paths.items():
-                    errors = attention_errors(path, dtype, N, S, 64, s.device, noisy_only)
-                    key = f"{name}, {str(dtype)[6:]}"
-                    worst[key] = tuple(map(max, errors, worst.get(key, (0.0, 0.0))))
+    for dtype, (N, S, noisy_only) in itertools.product((torch.bfloat16, torch.float16), cases):
+        paths = {"chunk": lambda q, k, v, S=S: chunked_two_stream_attention(q, k, v, S)}
+        if on_cuda(s):
+            fresh_compiler(s)
+            flex = torch.compile(flex_two_stream_attention, dynamic=False)
+            mask = flex_block_mask(N, S, noisy_only, s.device)
+            paths["flex"] = lambda q, k, v, f=flex, m=mask: f(q, k, v, m)
+        for name, path in paths.items():
+            errors = attention_errors(path, dtype, N, S, 64, s.device, noisy_only)
+            key = f"{name}, {str(dtype)[6:]}"
+            worst[key] = tuple(map(max, errors, worst.get(key, (0.0, 0.0))))
     for key, (error, gradient) in worst.items():
         verdict = "PASS" if error <= 1e-3 and gradient <= 1e-2 else "FAIL"
         yield (f"attention by {key}, from the oracle",
@@ -742,9 +751,10 @@ def gpu_shakespeare(s, *settings):
         run = train.Run(SimpleNamespace(**chosen), Processes())
         train.train_loop(run)
         mean, error = run.evaluate(run.s.eval_windows)
+    minutes = run.seconds / run.step * whole / 60
     yield (f"{dataset}, {run.step} steps of {run.model.count_parameters() / 1e6:.1f}M parameters",
-           f"bound <= {mean:.3f} +- {error:.3f} nats/token in {run.seconds:.0f} s; "
-           f"{whole} steps at this pace: {run.seconds / run.step * whole / 60:.1f} minutes")
+           f"bound <= {mean:.3f} +- {error:.3f} nats/token in {run.seconds:.0f} s with "
+           f"compiling; {whole} steps at this pace: {minutes:.1f} minutes")
 
 
 GPU_LIST = (gpu_parity, gpu_train, gpu_memory, gpu_decode, gpu_shakespeare)
@@ -764,11 +774,18 @@ def gpu_table(s):
         except torch.OutOfMemoryError:
             yield name, f"out of memory: lower --tokens_per_step={s.tokens_per_step}"
             torch.cuda.empty_cache()
+        except RuntimeError as e:  # of torch or its compiler: the other parts are still worth a run
+            traceback.print_exc()
+            yield name, f"FAIL: {type(e).__name__}; its traceback is on stderr"
     yield "minutes for all this", f"{(time.perf_counter() - began) / 60:.1f}"
 
 
 def bench_gpu(s):
-    """Print the table of a GPU as it fills."""
+    """Print the table of a GPU as it fills; exit code 1 if something in it failed."""
+    sequences(s, s.seq_len), check_blocks(s.seq_len, s.block_size)
+    for N in numbers(s, "memory_lengths"):
+        check_blocks(N, s.block_size)
+    numbers(s, "batches"), block_pairs(s)
     rows = []
     for what, figure in gpu_table(s):
         rows.append((what, figure))
@@ -776,6 +793,8 @@ def bench_gpu(s):
             print(f"{what:52s} | {figure}", flush=True)
     if s.json:
         print(dumps({"settings": vars(s), "rows": rows}))
+    if any(figure.startswith("FAIL") for _, figure in rows):
+        sys.exit(1)
 
 
 # ---- the command line ----------------------------------------------------------------------------

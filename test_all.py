@@ -2636,7 +2636,7 @@ def test_bench_profile():
 def test_bench_gpu_list():
     """Each part of the GPU's list, run here in small; a late or failing part says so."""
     s = bench_settings("gpu", **SMALL, seq_len=16, block_size=4, tokens_per_step=64, repeats=1,
-                       memory_lengths="8,16", batches="2", pairs="4:2", tokens=8, steps=3)
+                       memory_lengths="8,16,24", batches="2", pairs="4:2", tokens=8, steps=3)
     rows = dict(bench.gpu_parity(s))
     assert len(rows) == 2 and all(f.startswith("PASS") for f in rows.values()), rows
     wrong = bench.attention_errors(
@@ -2657,6 +2657,14 @@ def test_bench_gpu_list():
     assert len(rows) == 2 + 6 + 1 + 1 and not any("nan" in f for f in rows.values()), rows
     bound = rows[next(k for k in rows if "3 steps" in k)]
     assert bound.startswith("bound <= ") and "30 steps at this pace" in bound, bound
+
+    was = bench.peak_memory
+    try:
+        bench.peak_memory = lambda s, run, kind, N, S: 2**20 * 3 + 2**10 * 7 * N
+        memory = dict(bench.gpu_memory(s))
+    finally:
+        bench.peak_memory = was
+    assert list(memory.values())[-1] == "7, 7 KiB", memory
 
     def broken(s):
         """A part that needs too much."""
