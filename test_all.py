@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import bench
 import checkpoint
 import configurator
 import corrupt
@@ -2929,6 +2930,227 @@ def test_plot():
             code, said = call_main(plot, [*argv, f"--samples={folder}/{wrong}.csv"])
             assert code == 2 and word in said and said.count("\n") == 1, (wrong, code, said)
     return "two figures, the same twice; 3 wrong tables refused"
+
+
+# ---- bench.py ------------------------------------------------------------------------------------
+
+SMALL = {
+    "n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 11, "device": "cpu", "dtype": "float32",
+}
+SMALL_STEP = {**SMALL, "lengths": "16", "block_sizes": "4", "tokens_per_step": 64, "repeats": 2,
+              "product": 64, "copy_mb": 1}
+
+
+def bench_settings(name, **settings):
+    """The resolved settings of one of bench.py's commands, small."""
+    argv = [f"--{k}={v}" for k, v in settings.items()]
+    return bench.settings_of(name, argv)[0]
+
+
+def test_bench_plain_loss():
+    """The plain two-stream step computes our loss and our gradients: same weights, same noise."""
+    worst = {"loss": 0.0, "grad": 0.0}
+    for shape in SHAPES:
+        net = tiny_model(**shape)
+        x0 = tokens_for(net)
+        noisy, index = noisy_for(net, x0)
+        found = []
+        for loss in (train.Loss(net), bench.PlainLoss(net)):
+            net.zero_grad()
+            value = loss(15, x0, noisy.xt, noisy.weight, index)
+            value.backward()
+            found.append((value, [p.grad.clone() for p in net.parameters()]))
+        (ours, grads), (plain, plain_grads) = found
+        worst["loss"] = max(worst["loss"], diff(ours, plain) / ours.item())
+        for g, p in zip(grads, plain_grads, strict=True):
+            worst["grad"] = max(worst["grad"], diff(g, p) / max(1.0, p.abs().max().item()))
+    assert worst["grad"] < 2e-5, worst
+    return within(worst["loss"], 2e-6, f"grad {worst['grad']:.0e}; loss, relative difference")
+
+
+def products_of(run):
+    """torch's own count of the matrix products in one forward and backward pass of a Run's loss,
+    attention's excepted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        run.loss(1, *run.batches(0)[0]).backward()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(n for op, n in counts.items() if "attention" not in str(op))
+
+
+def test_bench_train():
+    """A row of the table: finite figures, ratios that are ratios, FLOPs as torch counts them."""
+    s = bench_settings("train", **SMALL_STEP, memory=False)
+    N, S, C = 16, 4, 32
+    row, profiles = bench.train_row(s, N, S)
+    figures = {k: v for k, v in row.items() if not k.endswith("_memory")}
+    assert all(math.isfinite(v) and v > 0 for v in figures.values()), row
+    assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"] and not profiles, row
+    assert row["batch"] == 4 and row["ours_memory"] is None, row
+    for kind in ("ours", "gpt", "plain"):
+        rate = row[f"{kind}_tokens_per_s"] * row[f"{kind}_ms"] / 1e3
+        assert abs(rate - 64) < 1e-6, (kind, rate)
+    entries = {"ours": 1.5 * N * (N + S), "gpt": N * (N + 1), "plain": 2 * (2 * N) ** 2}
+    worst = 0.0
+    with bench.random_data(s.vocab_size, N) as folder:
+        for kind, visible in entries.items():
+            products = products_of(bench.make_run(s, folder, kind, N, S))
+            mine = row[f"{kind}_flops"] - 12 * C * 4 * visible
+            worst = max(worst, abs(mine - products) / products)
+    return within(worst, 1e-9, "matrix products, relative difference")
+
+
+def test_bench_traffic():
+    """Bytes counted are those that the operators read and write: by hand on known operators."""
+    a, b, table = torch.zeros(30, 20), torch.zeros(20, 10), torch.zeros(500, 7)
+    p = torch.nn.Parameter(torch.zeros(100))
+    p.grad = torch.ones(100)
+    adamw = torch.optim.AdamW([p], fused=True)
+    adamw.step()
+    cases = {
+        "product": (lambda: a @ b, 4 * (600 + 200 + 300)),
+        "view": (lambda: a.t().flatten(0, 0).view(20, 30), 0),
+        "in place": (lambda: a.add_(a), 4 * 3 * 600),
+        "broadcast": (lambda: torch.zeros(1).expand(600) + 1, 4 * (1 + 1 + 600)),
+        "lookup": (lambda: torch.nn.functional.embedding(torch.arange(5), table), 2 * 4 * 35 + 40),
+        # reads p, grad, two moments and the step's count; writes the same but grad and count
+        "list": (lambda: torch._foreach_add_([a, b], 1.0), 2 * 4 * 800),
+    }
+    for name, (work, wanted) in cases.items():
+        with bench.Traffic() as traffic:
+            work()
+        assert traffic.bytes == wanted, f"{name}: {traffic.bytes} bytes, by hand {wanted}"
+    with bench.Traffic() as traffic:
+        adamw.step()
+    # reads p, grad and two moments, writes all four; the step's counter is a few bytes
+    assert 0 <= traffic.bytes - 4 * 100 * 8 <= 64, traffic.bytes
+    return f"{len(cases) + 1} operators, to the byte", "0 bytes off"
+
+
+def test_bench_memory():
+    """A fresh process's peak follows the tensors of the step, known here by their size."""
+    if bench.resident("VmHWM") is None:
+        raise Skip("peak memory is read from /proc")
+    s = bench_settings("train", **{**SMALL_STEP, "vocab_size": 5000, "batch": 8})
+    peak = bench.peak_memory(s, None, "plain", 64, 4) / 1e6
+    logits = 4 * 8 * 64 * 5000 / 1e6  # float32: 10 MB, and at least once more for its gradient
+    assert 2 * logits < peak < 8 * logits, f"{peak:.0f} MB with logits of {logits:.0f} MB"
+    return f"{peak:.0f} MB with logits of {logits:.0f} MB", f"{2 * logits:.0f} to {8 * logits:.0f}"
+
+
+def test_bench_profile():
+    """Where the time goes: every part is named, none is negative, and shapes tell the head."""
+    s = bench_settings("train", **SMALL_STEP)
+    with bench.random_data(s.vocab_size, 16) as folder:
+        parts = bench.where_time_goes(s, bench.make_run(s, folder, "ours", 16, 4))
+    named = {p for p, _ in bench.PARTS} | {"Muon", "AdamW", "Python, autograd", "waiting for data"}
+    assert set(parts) == named and min(parts.values()) >= 0, parts
+    above = SimpleNamespace(name="Optimizer.step#Muon.step", cpu_parent=None)
+    for name, shape, parent, part in (
+        ("aten::mm", [[8, 32], [32, 11]], None, "head and loss"),
+        ("aten::mm", [[8, 32], [32, 32]], None, "weight products"),
+        ("aten::bmm", [], above, "Muon"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", [], None, "attention"),
+        ("Region triton_tem_fused_flex_attention_0", [], None, "attention"),
+        ("Region triton_red_fused__to_copy_mm_rms_norm_1", [], None, "norms, rotary, element-wise"),
+        ("aten::copy_", [], None, "copies, casts"),
+        ("autograd::engine::evaluate_function: MmBackward0", [], None, "Python, autograd"),
+    ):
+        event = SimpleNamespace(name=name, input_shapes=shape, cpu_parent=parent)
+        found = bench.part_of(event, name, 11)
+        assert found == part, f"{name}: {found}, not {part}"
+    return f"{len(parts)} parts, {sum(parts.values()):.1f} ms a step"
+
+
+def test_bench_gpu_list():
+    """Each part of the GPU's list, run here in small; a late or failing part says so."""
+    s = bench_settings("gpu", **SMALL, seq_len=16, block_size=4, tokens_per_step=64, repeats=1,
+                       memory_lengths="8,16,24", batches="2", pairs="4:2", tokens=8, steps=3)
+    rows = dict(bench.gpu_parity(s))
+    assert len(rows) == 2 and all(f.startswith("PASS") for f in rows.values()), rows
+    wrong = bench.attention_errors(
+        lambda q, k, v: cascade.chunked_two_stream_attention(q, k, v, 2), torch.bfloat16,
+        32, 4, 16, "cpu",
+    )
+    assert min(wrong) > 0.01, f"another block size passes: {wrong}"
+    was = bench.TRAIN
+    bench.TRAIN = {**was, "product": 64, "copy_mb": 1, "memory": False}
+    try:
+        rows |= dict(bench.gpu_train(s))
+    finally:
+        bench.TRAIN = was
+    rows |= dict(bench.gpu_decode(s))
+    with data_folder() as folder:
+        tiny = [f"--{k}={v}" for k, v in {**TINY, "dataset": folder, "max_steps": 30}.items()]
+        rows |= dict(bench.gpu_shakespeare(s, *tiny))
+    assert len(rows) == 2 + 6 + 1 + 1 and not any("nan" in f for f in rows.values()), rows
+    bound = rows[next(k for k in rows if "3 steps" in k)]
+    assert bound.startswith("bound <= ") and "30 steps at this pace" in bound, bound
+
+    was = bench.peak_memory
+    try:
+        bench.peak_memory = lambda s, run, kind, N, S: 2**20 * 3 + 2**10 * 7 * N
+        memory = dict(bench.gpu_memory(s))
+    finally:
+        bench.peak_memory = was
+    assert list(memory.values())[-1] == "7, 7 KiB", memory
+
+    def broken(s):
+        """A part that needs too much."""
+        raise torch.OutOfMemoryError("too much")
+
+    was = bench.GPU_LIST
+    try:
+        bench.GPU_LIST = (broken, bench.gpu_parity)
+        said = [figure for _, figure in bench.gpu_table(s)]
+        assert "out of memory: lower --tokens_per_step=64" in said[0], said
+        assert len(said) == 4 and said[1].startswith("PASS"), said
+        s.minutes = 0.0
+        said = list(bench.gpu_table(s))
+        assert [figure[:8] for _, figure in said[:-1]] == ["left out"] * 2, said
+    finally:
+        bench.GPU_LIST = was
+    return f"{len(rows)} rows, {rows['step of ours / gpt']}"
+
+
+def test_bench_commands():
+    """JSON for machines, and every mistake in one line."""
+    base = [f"--{k}={v}" for k, v in SMALL_STEP.items()]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        bench.main(["train", *base, "--memory=false", "--traffic=false", "--plain=false",
+                    "--lengths=16,32", "--block_sizes=4,N", "--repeats=1", "--json=true"])
+    rows = json.loads(out.getvalue())["rows"]
+    assert [(r["N"], r["S"], r["batch"]) for r in rows] == [(16, 4, 4), (16, 16, 4), (32, 4, 2),
+                                                            (32, 32, 2)], rows
+    assert all(r["ratio"] > 0 and "plain_ms" not in r for r in rows), rows
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        bench.main(["decode", *[f"--{k}={v}" for k, v in SMALL.items()], "--seq_len=16",
+                    "--tokens=8", "--batches=2", "--pairs=4:2", "--far=200", "--json=true"])
+    row, = json.loads(out.getvalue())["rows"]
+    assert row["ratio"] > 0 and row["tokens_per_pass"] == 2, row
+    cases = [
+        ([], "decode | train | gpu"), (["trian"], "decode | train | gpu"),
+        (["train", "--tokens=3"], "unknown setting 'tokens'"),
+        (["decode", "--lengths=3"], "unknown setting 'lengths'"),
+        (["train", "--lengths=16,x"], "--lengths must be numbers"),
+        (["train", "--block_sizes=0"], "--block_sizes must be numbers"),
+        (["train", "--lengths=N"], "--lengths must be numbers"),
+        (["train", "--lengths=256,10000"], "not a multiple of N = 10000"),
+        (["train", "--block_sizes=16,24"], "multiple of block_size"),
+        (["train", "--repeats=0"], "at least 1"), (["train", "--n_head=5"], "not divisible"),
+        (["train", "--optimizer=sgd"], "muon or adamw"), (["train", "--device=tpu"], "not on this"),
+        (["decode", "--pairs=16"], "--pairs=16:4"), (["decode", "--batches=0"], "--batches must"),
+    ]
+    if not torch.cuda.is_available():
+        cases.append((["gpu"], "no CUDA device here"))
+    for argv, expected in cases:
+        code, said = call_main(bench, argv)
+        assert code == 2 and said.startswith("error: ") and said.count("\n") == 1, (argv, said)
+        assert expected in said, (argv, said)
+    return f"{len(rows) + 1} rows, {len(cases)} mistakes in one line each"
 
 
 # ---- the runner ----------------------------------------------------------------------------------
