@@ -10,7 +10,7 @@ without a validation in between, the tokens/s in the table are those of training
 dataset = "shakespeare"
 seq_len = 128  # a multiple of every S in the table; S = 128 is plain masked diffusion
 batch_size = 8  # 8 x 128 = 1,024 tokens
-max_steps = 1000  # x 1,024 = 1.02M tokens
+max_steps = 640  # x 1,024 = 0.66M tokens
 max_minutes = 0
 eval_every = 1_000_000
 sample_tokens = 0
