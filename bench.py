@@ -6,7 +6,7 @@
     python bench.py train                             one training step, 6 layers, width 384
     python bench.py train --lengths=256,2048 --block_sizes=4,16,N --profile=true
     python bench.py train --lengths=1024,2048,4096,8192 --batch=1  peak memory, linear in N
-    python bench.py gpu                               the list for a GPU, within 8 minutes
+    python bench.py gpu                               the list for a GPU, about 8 minutes
 
 Speeds are ratios of interleaved runs: a machine's speed drifts, a ratio of neighbours does not.
 Weights and tokens are random, since speed does not depend on them.
