@@ -660,7 +660,7 @@ def train_tiny(folder, **settings):
     s = {**TINY, "dataset": f"{folder}", "out_dir": f"{folder}/out", "overwrite": True, **settings}
     processes = machine.Processes()
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    with contextlib.redirect_stdout(out), contextlib.closing(processes):
         run = train.Run(SimpleNamespace(**{**train.DEFAULTS, **s}), processes)
         train.finish(run, train.train_loop(run))
     return run, out.getvalue()
