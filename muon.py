@@ -4,8 +4,8 @@ The method is Keller Jordan's (https://kellerjordan.github.io/posts/muon), and t
 constants are those of `torch.optim.Muon` with adjust_lr_fn="match_rms_adamw", which the tests
 compare it with. It differs where that one is slow: matrices of one shape are iterated together,
 and in float32 where the processor has no bf16 units (torch's always uses bf16, which such a
-processor emulates: see the README's notes for the figure). Several processes share out the matrices and
-exchange the results.
+processor emulates: see the README's notes for the figure). Several
+processes share the matrices out and exchange the results.
 """
 
 import torch
