@@ -12,11 +12,13 @@ weights_only=True, so a foreign one cannot run code, and its digest is verified.
 import hashlib
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import torch
 
 from configurator import SettingsError
+from log import held
 from model import CascadeConfig, CascadeLM
 
 FORMAT = 1
@@ -40,6 +42,14 @@ def digest(value, h=None):
     else:
         h.update(f"{type(value).__name__} {value!r}".encode())
     return h.hexdigest() if top else None
+
+
+def all_finite(value):
+    """Whether every floating-point tensor in a nest of dicts and lists is finite throughout."""
+    if isinstance(value, torch.Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    parts = value.values() if isinstance(value, dict) else value
+    return not isinstance(value, (dict, list, tuple)) or all(map(all_finite, parts))
 
 
 def save_checkpoint(path, state):
@@ -117,30 +127,60 @@ def load_model(where, device="cpu"):
 HARMLESS = {
     "out_dir", "init_from", "overwrite", "max_steps", "max_minutes", "log_every", "eval_every",
     "eval_windows", "final_windows", "sample_tokens", "device", "dtype", "attention", "compile",
-    "micro_batch",
+    "micro_batch", "shard", "wandb",
 }
 
 
-def check_out_dir(s):
-    """Make out_dir; refuse to replace a run in it that was not asked for."""
-    path = Path(s.out_dir)
-    names = ("last.pt",) if s.init_from == "resume" else ("last.pt", "best.pt")
-    held = any((path / name).exists() for name in names)
-    if s.init_from == "scratch" and held and not s.overwrite:
+def lock(path):
+    """Claim the folder `path` for one run until the file returned is closed or the process ends.
+
+    The kernel drops the lock with the process, however that dies; the file `lock` stays, and does
+    not matter. SettingsError if another run, on this machine, holds it.
+    """
+    file = open(path / "lock", "a+")
+    try:
+        import fcntl
+    except ImportError:
+        print(f"note: no file locks here; let no second run write to {path}", file=sys.stderr)
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "not known"
+        file.close()
         raise SettingsError(
-            f"{path} holds a run already: --init_from=resume continues it, --overwrite=true "
-            "replaces it, --out_dir=DIR keeps both"
+            f"another run (process {holder}) is writing to {path}: wait for it, stop it, or choose "
+            "another --out_dir"
+        ) from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def check_out_dir(s):
+    """Make and lock out_dir; refuse to replace what was not said to be. Returns the lock."""
+    path = Path(s.out_dir)
+    name = held(path)
+    if s.init_from == "scratch" and name and not s.overwrite:
+        resume = "--init_from=resume continues it, " if name == "last.pt" else ""
+        raise SettingsError(
+            f"{path} holds a run already ({name}): {resume}--overwrite=true replaces it, "
+            "--out_dir=DIR keeps both"
         )
-    if s.init_from == "resume" and not held:
+    if s.init_from == "resume" and name != "last.pt":
         raise SettingsError(f"{path} holds no last.pt to resume from: leave --init_from=resume out")
     try:
         path.mkdir(parents=True, exist_ok=True)
+        claim = lock(path)
         (path / "last.pt.tmp").touch()
         (path / "last.pt.tmp").unlink()
         if s.init_from == "scratch":  # a best.pt of the run being replaced would outlive it
             (path / "best.pt").unlink(missing_ok=True)
     except OSError as e:
         raise SettingsError(f"cannot write to {path} ({e.strerror}): set --out_dir") from e
+    return claim
 
 
 def check_same(s, saved, config, saved_config):

@@ -1,12 +1,14 @@
 """The machine a script runs on: device, dtype, attention path, and the processes of torchrun."""
 
 import os
+import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from configurator import SettingsError
+from configurator import SettingsError, fail
 
 # dense bf16 matrix peaks in FLOP/s from the vendors' data sheets, for MFU
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -86,6 +88,7 @@ class Processes:
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
         self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
+        self.lock = None  # the main process's claim on out_dir, an open file
 
     def open(self, device):
         """Join the group; `device` is this process's own, as choose_device names it."""
@@ -109,15 +112,44 @@ class Processes:
         return tensor.item()
 
     def main_first(self, work, where):
-        """work() on the main process; its SettingsError is raised there and ends the others."""
-        error = None
+        """work() on the main process, returned there; its SettingsError ends all the processes."""
+        result = error = None
         if self.main:
             try:
-                work()
+                result = work()
             except SettingsError as e:
                 error = e
         if self.from_main(float(error is not None), where):
-            raise error or SettingsError("the main process says why")
+            said = [str(error)]
+            if self.world > 1:
+                dist.broadcast_object_list(said, src=0, device=torch.device(where))
+            raise error or SettingsError(said[0])
+        return result
+
+    def fail(self, error):
+        """configurator.fail, but what the main process says too is left to it.
+
+        It is heard through torchrun's store; without that, or without a word from it within a few
+        seconds, every process speaks for itself.
+        """
+        if self.world > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            key = "error" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+            try:
+                address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=3))
+                if self.main:
+                    store.set(key, str(error))
+                elif store.get(key).decode() == str(error):
+                    sys.exit(2)
+            except RuntimeError:  # the store has gone, or the main process goes on
+                pass
+        fail(error)
+
+    def lost(self, error):
+        """Whether a RuntimeError says that another process of the group has gone."""
+        words = ("gloo", "NCCL", "Connection", "Broken pipe")
+        return self.world > 1 and (isinstance(error, dist.DistError) or
+                                   any(w in str(error) for w in words))
 
     def wait(self):
         if self.world > 1:
@@ -126,3 +158,5 @@ class Processes:
     def close(self):
         if dist.is_initialized():
             dist.destroy_process_group()
+        if self.lock:
+            self.lock.close()

@@ -4,10 +4,14 @@ The method is Keller Jordan's (https://kellerjordan.github.io/posts/muon), and t
 constants are those of `torch.optim.Muon` with adjust_lr_fn="match_rms_adamw", which the tests
 compare it with. It differs where that one is slow: matrices of one shape are iterated together,
 and in float32 where the processor has no bf16 units (torch's always uses bf16, which such a
-processor emulates: see the README's notes for the figure).
+processor emulates: see the README's notes for the figure). Several
+processes share the matrices out and exchange the results.
 """
 
 import torch
+import torch.distributed as dist
+
+from shard import slice_like, whole
 
 
 def orthogonalize(g, steps=5, dtype=torch.float32):
@@ -23,6 +27,28 @@ def orthogonalize(g, steps=5, dtype=torch.float32):
         A = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def shared_orthogonalize(matrices, dtype):
+    """orthogonalize of a list of n (r, c), alike on all processes or sliced by them -> (n, r, c).
+
+    Process i computes matrices [i m, (i + 1) m) with m = ceil(n / processes); the last may have
+    fewer. Slices are made whole one by one, and no process keeps more of them than its share.
+    """
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    share = -(-len(matrices) // world)
+    mine = []
+    for i, g in enumerate(matrices):
+        g = whole(g)  # by all processes together, whosever it is
+        if i // share == rank:
+            mine.append(g)
+    if world == 1:
+        return orthogonalize(torch.stack(mine), dtype=dtype)
+    result = g.new_zeros(world, share, *g.shape, dtype=dtype)
+    if mine:
+        result[rank, : len(mine)] = orthogonalize(torch.stack(mine), dtype=dtype)
+    dist.all_gather(list(result.unbind()), result[rank].clone())
+    return result.flatten(0, 1)[: len(matrices)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -52,7 +78,8 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[p]["momentum"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - beta)
         nesterov = torch._foreach_lerp(grads, buffers, beta)
-        update = orthogonalize(torch.stack(nesterov), dtype=self.dtype).to(params[0].dtype)
+        update = shared_orthogonalize(nesterov, self.dtype).to(params[0].dtype)
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         scale = group["lr"] * 0.2 * max(shape) ** 0.5
-        torch._foreach_add_(params, list(update.unbind()), alpha=-scale)
+        update = [slice_like(u, p) for u, p in zip(update, params, strict=True)]
+        torch._foreach_add_(params, update, alpha=-scale)

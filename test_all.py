@@ -2,12 +2,14 @@
 
     python test_all.py               all of them, about three minutes on two cores
     python test_all.py noise cache   those with one of these words in their name
+    python test_all.py faults        kills, full disks, lost processes: runs only when named
 
 One line each: PASS, FAIL or SKIP, the name, the seconds, what was measured and what is allowed.
 The last line is `N passed, N failed` (and `, N skipped`); the exit code is 1 if any failed.
 """
 
 import contextlib
+import csv
 import functools
 import gzip
 import hashlib
@@ -17,6 +19,7 @@ import itertools
 import json
 import lzma
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -24,6 +27,7 @@ import runpy
 import select
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -33,7 +37,8 @@ import traceback
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import torch
@@ -48,6 +53,7 @@ import corrupt
 import dataset
 import eval as evaluation
 import judge as judges
+import log
 import machine
 import model as cascade
 import muon
@@ -56,6 +62,11 @@ import reference
 import sample
 import train
 from dataset import CharTokenizer, DataError
+
+try:
+    import resource
+except ImportError:
+    resource = None  # not on Windows
 
 HERE = Path(__file__).resolve().parent
 
@@ -491,14 +502,16 @@ def test_train_flops():
 
 
 def raises(kind):
-    """A context in which `kind` must be raised with a message of one line."""
+    """A context in which `kind` must be raised with one line, which it then has as `.error`."""
 
     @contextlib.contextmanager
     def check():
+        caught = SimpleNamespace()
         try:
-            yield
+            yield caught
         except kind as e:
             assert str(e) and "\n" not in str(e), f"not one line: {e}"
+            caught.error = str(e)
             return
         raise AssertionError(f"no {kind.__name__} was raised")
 
@@ -664,7 +677,7 @@ def train_tiny(folder, **settings):
     s = {**TINY, "dataset": f"{folder}", "out_dir": f"{folder}/out", "overwrite": True, **settings}
     processes = machine.Processes()
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
+    with contextlib.redirect_stdout(out), contextlib.closing(processes):
         run = train.Run(SimpleNamespace(**{**train.DEFAULTS, **s}), processes)
         train.finish(run, train.train_loop(run))
     return run, out.getvalue()
@@ -771,33 +784,30 @@ def test_resume_is_bitwise():
 
 
 def test_two_processes():
-    """torchrun with 2 gloo processes: the losses and the bound of one process."""
+    """50 steps on 1 process, with 4 micro-batches, and on 2 by torchrun: one loss, one bound."""
     with data_folder() as folder:
-        settings = [
-            f"--{k}={v}" for k, v in {**TINY, "max_steps": 10, "log_every": 1, "seed": 3}.items()
-        ]
-        printed = []
-        for launch in ([sys.executable], [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-        ]):
-            run = subprocess.run(
-                [*launch, "train.py", *settings, f"--dataset={folder}",
-                 f"--out_dir={folder}/{len(launch)}"],
-                cwd=HERE, capture_output=True, text=True, check=False, timeout=120,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-            assert run.returncode == 0, run.stderr[-500:]
-            printed.append(run.stdout)
-        states = [checkpoint.load_checkpoint(f"{folder}/{n}/last.pt") for n in (1, 5)]
-        worst = max(diff(a, states[1]["model"][k]) for k, a in states[0]["model"].items())
-        bounds = [s["final"][0] for s in states]
-        assert abs(bounds[0] - bounds[1]) < 1e-5, bounds
-        losses = [[part.split("loss ")[1][:5] for part in p.splitlines() if "| loss" in part]
-                  for p in printed]
-        assert len(losses[0]) == 10, printed[0]
-        worst_loss = max(abs(float(a) - float(b)) for a, b in zip(*losses, strict=True))
-        assert worst_loss <= 0.0011, losses
-    return within(worst, 1e-4, "weights after 10 steps, max|diff|")
+        s = {"max_steps": 50, "log_every": 1, "eval_every": 10, "seed": 3, "final_windows": 50}
+        train_tiny(folder, **s, out_dir=f"{folder}/one")
+        train_tiny(folder, **s, out_dir=f"{folder}/parts", micro_batch=2)
+        settings = {**TINY, **s, "dataset": folder, "out_dir": f"{folder}/two"}
+        code, said, err = command(
+            "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py",
+            *(f"--{k}={v}" for k, v in settings.items()),
+        )
+        assert code == 0 and said.count("| loss") == 50, err[-500:]
+        runs = ("one", "parts", "two")
+        states = [checkpoint.load_checkpoint(f"{folder}/{n}/last.pt") for n in runs]
+        worst = max(diff(a, other["model"][k]) for other in states[1:]
+                    for k, a in states[0]["model"].items())
+        assert len({round(x["final"][0], 5) for x in states}) == 1, [x["final"] for x in states]
+        logs = [read_log(f"{folder}/{n}/log.csv") for n in runs]
+        assert [len(x) for x in logs] == [50, 50, 50]
+        for rows in zip(*logs, strict=True):
+            for column in ("loss", "val", "val_error"):
+                cells = [float(row[column] or 0) for row in rows]
+                assert max(cells) - min(cells) < 2e-5, (column, rows)
+        assert float(logs[0][0]["loss"]) - float(logs[0][-1]["loss"]) > 0.1, "nothing was learnt"
+    return within(worst, 1e-4, "losses and bounds < 2e-05 apart; weights after 50 steps, max|diff|")
 
 
 def test_bfloat16_autocast():
@@ -1004,6 +1014,8 @@ def test_bad_input():
             (train, [*new, "--max_steps=0"], "set --max_steps or --max_minutes"),
             (train, [*new, "--batch_size=7", "--micro_batch=2"], "must be a multiple"),
             (train, [*new, "--batch_size=0"], "at least 1"),
+            (train, [*new, "--seed=99999999999999999999"], "between 0 and 2^63 - 1"),
+            (train, [*new, "--seed=-1"], "between 0 and 2^63 - 1"),
             (train, [*new, "--micro_batch=-1"], "must be 0 or more"),
             (train, [*new, "--muon_lr=-1"], "must be 0 or more"),
             (train, [*new, "--device=tpu"], "not on this machine"),
@@ -3153,14 +3165,534 @@ def test_bench_commands():
     return f"{len(rows) + 1} rows, {len(cases)} mistakes in one line each"
 
 
+# ---- long runs -----------------------------------------------------------------------------------
+
+FORKS = multiprocessing.get_context("forkserver")  # its children find these imported already
+FORKS.set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.fsdp", "torch.nn.attention.flex_attention"]
+)
+
+
+def train_body(argv, said, env, tamper):
+    """In a process of its own: train.py's command line, with what it prints in the file `said`."""
+    os.environ.update(env)
+    with open(said, "ab") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    torch.set_num_threads(1)
+    if tamper:
+        tamper()
+    sys.exit(train.main(argv))
+
+
+def start(folder, said, tamper=None, env=None, **settings):
+    """A started process that trains as train_tiny does; `tamper` is called in it first."""
+    s = {**TINY, "dataset": folder, **settings}
+    argv = [f"--{k}={v}" for k, v in s.items()]
+    process = FORKS.Process(target=train_body, args=(argv, said, env or {}, tamper), daemon=True)
+    process.start()
+    return process
+
+
+def start_two(folder, said, **settings):
+    """Two gloo processes of one run, without torchrun; rank i prints to the file `said` + i."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        start(folder, f"{said}{i}", env={**group, "RANK": f"{i}", "LOCAL_RANK": f"{i}"}, **settings)
+        for i in (0, 1)
+    ]
+
+
+def ended(process, said, limit=60.0):
+    """(exit code, what it printed) of a process that must end within `limit` seconds."""
+    process.join(limit)
+    alive = process.is_alive()
+    process.kill()
+    text = Path(said).read_text() if Path(said).exists() else ""
+    assert not alive, f"still running after {limit:.0f} s: {text[-300:]}"
+    return process.exitcode, text
+
+
+def wait_for_steps(process, said, count):
+    """Until the process has reported `count` steps, or has ended."""
+    while process.is_alive():
+        if Path(said).exists() and Path(said).read_text().count("| loss") >= count:
+            break
+        time.sleep(0.002)
+
+
+def die_in_save(nth, moment):
+    """Have this process kill itself in its nth write of a checkpoint, at one of three moments."""
+    count, save, replace = itertools.count(1), torch.save, os.replace
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def half_saved(state, f):
+        if next(count) < nth:
+            return save(state, f)
+        whole = io.BytesIO()
+        save(state, whole)
+        f.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        f.flush()
+        die()
+
+    def renamed(old, new):
+        if next(count) < nth:
+            return replace(old, new)
+        if moment == "after":
+            replace(old, new)
+        die()
+
+    if moment == "half":
+        torch.save = half_saved
+    else:
+        os.replace = renamed
+
+
+def survive(kills, steps):
+    """One run, killed once per item of `kills` and resumed: it must end as if never killed.
+
+    An item is (n, "half" | "before" | "after"): in the nth write of a checkpoint, with half of it
+    written, before or after its rename. Or (n, x): n reported steps after the start, and x of a
+    step's time later. Returns how many kills left a half-finished file behind.
+    """
+    settings = {"max_steps": steps, "eval_every": 2, "log_every": 1, "eval_windows": 2}
+    torn = 0
+    with data_folder() as folder:
+        whole, _ = train_tiny(folder, **settings, out_dir=f"{folder}/a")
+        a, b, last = Path(folder, "a"), Path(folder, "b"), Path(folder, "b/last.pt")
+        for i, (n, moment) in enumerate(kills):
+            said, inside = f"{folder}/said{i}", isinstance(moment, str)
+            process = start(
+                folder, said, functools.partial(die_in_save, n, moment) if inside else None,
+                **settings, out_dir=b, overwrite=True,
+                init_from="resume" if last.exists() else "scratch",
+            )
+            if not inside:
+                wait_for_steps(process, said, n)
+                time.sleep(moment * whole.seconds / steps)
+                process.kill()
+            code, text = ended(process, said)
+            assert code == -signal.SIGKILL, (i, code, text[-300:])
+            left = (b / "last.pt.tmp").exists() or (b / "best.pt.tmp").exists()
+            assert left == (moment in ("half", "before")) or not inside, (i, moment, left)
+            torn += left
+            # step N + 1 is reported after the save of step N, which is even
+            seen = max(map(int, re.findall(r"^step +(\d+)/.*loss", text, re.M)), default=0)
+            saved = 0
+            for name in filter(lambda p: p.exists(), (last, b / "best.pt")):
+                state = checkpoint.load_checkpoint(name)
+                saved = max(saved, state["step"])
+            assert saved >= (seen - 1) // 2 * 2, f"step {seen} reported, {saved} saved"
+        train_tiny(folder, **settings, out_dir=b, overwrite=True,
+                   init_from="resume" if last.exists() else "scratch")
+        states = [checkpoint.load_checkpoint(p / "last.pt") for p in (a, b)]
+        for part in ("model", "optimizers", "final", "best", "best_step"):
+            first, second = (checkpoint.digest(s[part]) for s in states)
+            assert first == second, f"{part} differs"
+        rows = [read_log(p / "log.csv") for p in (a, b)]
+        for row in itertools.chain(*rows):
+            del row["seconds"], row["tokens_per_second"]
+        assert rows[0] == rows[1] and len(rows[0]) == steps, rows
+    return torn
+
+
+def read_log(path):
+    """The rows of a log.csv, as dicts of text."""
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_log():
+    """One row per step that was reported or evaluated; cut and continued where a run is resumed."""
+    with data_folder() as folder:
+        s = {"max_steps": 10, "log_every": 4, "eval_every": 3, "out_dir": f"{folder}/out"}
+        run, said = train_tiny(folder, **s)
+        path = Path(folder, "out/log.csv")
+        rows = read_log(path)
+        assert list(rows[0]) == list(log.COLUMNS), rows[0]
+        assert [int(r["step"]) for r in rows] == [3, 4, 6, 8, 9, 10], rows
+        assert ["loss" * bool(r["loss"]) + "val" * bool(r["val"]) for r in rows] == [
+            "val", "loss", "val", "loss", "val", "lossval"], rows
+        printed = [line.split("loss ")[1][:5] for line in said.splitlines() if "| loss" in line]
+        assert printed == [f"{float(r['loss']):.3f}" for r in rows if r["loss"]], (printed, rows)
+        assert float(rows[-1]["val"]) == float(f"{run.bound[0]:.8g}"), rows[-1]
+        # a run that was killed at step 13, while writing a row, with a checkpoint of step 10
+        good = path.read_bytes()
+        path.write_bytes(good + b"12,1,2,,,3,4\n13,1,2,,")
+        train_tiny(folder, **s, init_from="resume")  # nothing left to do: the last row stays one
+        again = read_log(path)
+        assert again == rows, again
+        train_tiny(folder, **{**s, "max_steps": 16}, init_from="resume")
+        steps = [int(r["step"]) for r in read_log(path)]
+        assert steps == [3, 4, 6, 8, 9, 10, 12, 15, 16] and path.read_bytes().startswith(good[:300])
+        # the settings beside it start the same run again
+        config = f"{folder}/out/settings.py"
+        got = configurator.override(train.DEFAULTS, [config])
+        asked = {**train.DEFAULTS, **TINY, **s, "max_steps": 16, "dataset": f"{folder}"}
+        assert got == asked, {k: (v, asked[k]) for k, v in got.items() if v != asked[k]}
+        code, line = call_main(train, [config])
+        assert code == 2 and "holds a run already (last.pt)" in line, line
+        log.write_settings(Path(folder, "odd.py"), {"max_minutes": math.inf, "noise": 'a"\n\'b'})
+        odd = configurator.override({"max_minutes": 1.0, "noise": ""}, [f"{folder}/odd.py"])
+        assert odd == {"max_minutes": math.inf, "noise": 'a"\n\'b'}, odd
+        # files of these names that are not ours, and a log without a checkpoint, are kept
+        for name, text in (("settings.py", "x = 1\n"), ("log.csv", "a,b\n"), ("log.csv", good)):
+            other = Path(folder, f"other{len(text)}")
+            other.mkdir()
+            (other / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+            code, line = call_main(train, [config, f"--out_dir={other}"])
+            assert code == 2 and f"holds a run already ({name})" in line, line
+            assert "--init_from=resume" not in line, line
+    return f"{len(rows)} rows, then {len(steps)} after a torn one; settings.py equals the settings"
+
+
+def test_wandb():
+    """--wandb=true: the same numbers go to wandb, offline too; without it, how to install it."""
+    with data_folder() as folder:
+        s = {"max_steps": 4, "log_every": 2, "eval_every": 2, "wandb": True}
+        with importing_wandb(None), raises(configurator.SettingsError) as e:
+            train_tiny(folder, **s)
+        assert "pip install wandb" in e.error, e.error
+        logged = []
+        fake = ModuleType("wandb")
+        fake.Error = type("Error", (Exception,), {})
+        fake.init = lambda **k: logged.append(k) or SimpleNamespace(
+            id="abc", log=lambda values, step: logged.append((step, sorted(values))),
+            finish=lambda: logged.append("finish"),
+        )
+        with importing_wandb(fake):
+            train_tiny(folder, **s)
+            train_tiny(folder, **{**s, "max_steps": 6}, init_from="resume")
+        report, val = ["loss", "lr", "seconds", "tokens_per_second"], ["val", "val_error"]
+        steps = [x for x in logged if isinstance(x, tuple)]
+        assert steps == [(n, part) for n in (2, 4, 6) for part in (report, val)], steps
+        ids = [x["id"] for x in logged if isinstance(x, dict)]
+        assert ids == [None, "abc"] and logged.count("finish") == 2, logged
+        assert logged[0]["config"]["wandb"] is True and logged[0]["config"]["max_steps"] == 4
+        if not importlib.util.find_spec("wandb"):
+            raise Skip("wandb is not installed (pip install wandb); a stand-in was checked")
+        said = f"{folder}/said"
+        code, text = ended(start(folder, said, None, {"WANDB_MODE": "offline", "WANDB_SILENT":
+                                                      "true"}, **s, out_dir=f"{folder}/w"), said)
+        files = list(Path(folder, "w/wandb").glob("offline-run-*/run-*.wandb"))
+        assert code == 0 and len(files) == 1 and files[0].stat().st_size > 500, text
+    return "a stand-in got every row; the real one wrote its offline file"
+
+
+@contextlib.contextmanager
+def importing_wandb(module):
+    """`import wandb` finds this module or, None, fails as where it is not installed."""
+    before = sys.modules.get("wandb")
+    sys.modules["wandb"] = module
+    try:
+        yield
+    finally:
+        del sys.modules["wandb"]
+        if before is not None:
+            sys.modules["wandb"] = before
+
+
+def test_sharded():
+    """--shard=true on 2 processes: the weights, checkpoints and resumptions of the plain run."""
+    with data_folder() as folder:
+        s = {"log_every": 1, "warmup_steps": 1, "seed": 3}
+        for out in ("plain", "mixed"):
+            train_tiny(folder, **s, max_steps=4, out_dir=f"{folder}/{out}")
+        for out, more in (  # the accumulation leaves 2 sequences to a forward pass
+            ("sharded", {"max_steps": 4, "micro_batch": 2, "sample_tokens": 4}),
+            ("mixed", {"max_steps": 7, "init_from": "resume"}),
+        ):
+            two = start_two(folder, f"{folder}/{out}.said", **s, **more, shard="true",
+                            out_dir=f"{folder}/{out}")
+            for i, process in enumerate(two):
+                code, text = ended(process, f"{folder}/{out}.said{i}", 150)
+                assert code == 0, text[-1000:]
+                assert ("a sample, unedited" in text) == (i == 0 and out == "sharded"), text
+        states = [checkpoint.load_checkpoint(f"{folder}/{n}/last.pt") for n in ("plain", "sharded")]
+        worst = [state_difference(*states)]
+        for out in ("plain", "sharded"):
+            train_tiny(folder, **s, max_steps=7, out_dir=f"{folder}/{out}", init_from="resume")
+        states = [checkpoint.load_checkpoint(f"{folder}/{n}/last.pt")
+                  for n in ("plain", "sharded", "mixed")]
+        worst += [state_difference(states[0], other) for other in states[1:]]
+        finals = [x["final"][0] for x in states]
+        assert max(finals) - min(finals) < 1e-5, finals
+        moved = train.CascadeLM(cascade.CascadeConfig(**states[0]["config"])).state_dict()
+        assert diff(moved["blocks.0.attn.o.weight"],
+                    states[0]["model"]["blocks.0.attn.o.weight"]) > 1e-3, "nothing was learnt"
+        code, line = call_main(train, [*(f"--{k}={v}" for k, v in TINY.items()), "--max_steps=1",
+                                       "--shard=true"])
+        assert code == 2 and "torchrun" in line, line
+    return within(max(worst), 1e-4, "sharded, and resumed both ways: weights, moments max|diff|")
+
+
+def state_difference(a, b):
+    """Largest difference of two checkpoints' tensors: weights, and moments as shares of theirs."""
+    assert a["model"].keys() == b["model"].keys() and a["step"] == b["step"]
+    worst = max(diff(v, b["model"][k]) for k, v in a["model"].items())
+    for x, y in zip(tree_leaves(a["optimizers"]), tree_leaves(b["optimizers"]), strict=True):
+        if isinstance(x, torch.Tensor):
+            worst = max(worst, diff(x, y) / max(1e-3, x.abs().max().item()))
+        else:
+            assert x == y, (x, y)
+    return worst
+
+
+def test_not_finite():
+    """A loss, gradient, bound, weight or moment that is not finite: what, when, what is saved."""
+
+    def spoil(number):
+        return lambda loss: loss * math.nan if number == "gradient" else loss + math.inf
+
+    def weight(run):
+        with torch.no_grad():
+            run.model.blocks[0].attn.q.weight[0, 0] = math.nan
+
+    def moment(run):
+        run.optimizers[1].state[run.model.blocks[0].attn.q.weight]["momentum"][0, 0] = math.inf
+
+    cases = [("gradient", spoil("gradient"), None), ("loss", spoil("loss"), None),
+             ("validation bound", None, weight), ("model", None, moment)]
+    with data_folder() as folder:
+        for what, spoiled, after in cases:
+            class Spoilt(train.Run):
+                def train_step(self, progress, spoiled=spoiled, after=after):
+                    if self.step == 5 and spoiled:
+                        forward = self.loss.forward
+                        self.loss.forward = lambda *a: spoiled(forward(*a))
+                    total = super().train_step(progress)
+                    if self.step == 6 and after:
+                        after(self)
+                    return total
+
+            original, train.Run = train.Run, Spoilt
+            try:
+                with raises(configurator.SettingsError) as e:
+                    train_tiny(folder, max_steps=20, eval_every=2, log_every=1)
+            finally:
+                train.Run = original
+            step = 5 if what == "gradient" else 6
+            for part in (f"the {what} is not finite at step {step} ", "last.pt is good, of step 4",
+                         "--learning_rate", "--out_dir"):
+                assert part in e.error and "\n" not in e.error, (part, e.error)
+            state = checkpoint.load_checkpoint(f"{folder}/out/last.pt")
+            assert state["step"] == 4 and checkpoint.all_finite(state), what
+    return f"{len(cases)} kinds stopped; the checkpoint of step 4 stands"
+
+
+def test_lock():
+    """A second run in one out_dir is refused; a file that a dead run left is no matter."""
+    with data_folder() as folder:
+        argv = [f"--{k}={v}" for k, v in {**TINY, "max_steps": 2, "dataset": folder}.items()]
+        out = Path(folder, "out")
+        out.mkdir()
+        with checkpoint.lock(out):
+            for how in ("--overwrite=true", "--overwrite=false"):
+                code, line = call_main(train, [*argv, f"--out_dir={out}", how])
+                assert code == 2 and f"another run (process {os.getpid()})" in line, line
+                assert line.count("\n") == 1 and not (out / "log.csv").exists(), line
+        (out / "lock").write_text("99999")
+        code, line = call_main(train, [*argv, f"--out_dir={out}"])
+        assert code is None and (out / "last.pt").exists(), line
+    return "refused while held, with the holder's id; not by a file left behind"
+
+
+def test_shared_errors():
+    """Under torchrun an error of all processes is printed by the main one, any other by its own."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{store.port}",
+           "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    said = []
+    with mock.patch.dict(os.environ, env):
+        for rank, message in ((0, "shared"), (1, "shared"), (1, "mine alone")):
+            with mock.patch.dict(os.environ, {"RANK": f"{rank}"}):
+                processes = machine.Processes()
+            err = io.StringIO()
+            with contextlib.redirect_stderr(err), contextlib.suppress(SystemExit):
+                processes.fail(configurator.SettingsError(message))
+                raise AssertionError("went on")
+            said.append(err.getvalue())
+    assert said == ["error: shared\n", "", "error: mine alone\n"], said
+    return "shared: printed once; a rank's own: printed"
+
+
+def test_killed_runs():
+    """Killed in a half-written checkpoint, before its rename and at a random moment; resumed."""
+    kills = [(2, "half"), (3, "before"), (3, random.random())]
+    torn = survive(kills, 20)
+    assert torn >= 2, torn
+    return f"{len(kills)} kills, {torn} inside a save, 0 bits of difference"
+
+
+def test_full_disk():
+    """A save that the system refuses: one line, and the old checkpoint as it was."""
+    if not resource:
+        raise Skip("no module resource here to limit the size of files with")
+    with data_folder() as folder:
+        train_tiny(folder, max_steps=2)
+        last = Path(folder, "out/last.pt")
+        before, limits = last.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+        argv = [f"--{k}={v}" for k, v in {**TINY, "max_steps": 4, "dataset": folder}.items()]
+        for size in (len(before) // 2, 10):  # in the checkpoint; already in settings.py
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+            try:
+                code, line = call_main(
+                    train, [*argv, f"--out_dir={folder}/out", "--init_from=resume"]
+                )
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            assert code == 2 and "cannot write" in line and "free some space" in line, line
+            assert line.count("\n") == 1, line
+            assert last.read_bytes() == before and not list(last.parent.glob("*.tmp")), line
+    return "refused in the middle of a checkpoint and before the first step"
+
+
+# ---- faults: python test_all.py faults -----------------------------------------------------------
+
+
+def faults_kills():
+    """SIGKILL at 20 moments, 8 of them inside a save for certain, with a save every 2 steps."""
+    r = random.Random(time.time_ns())
+    kills = [(r.randint(1, 5), m) for m in ("half", "before", "after") * 3][:8]
+    kills += [(r.randint(0, 6), r.random()) for _ in range(12)]
+    r.shuffle(kills)
+    torn = survive(kills, 160)
+    return f"{len(kills)} kills, {torn} left a torn file; 0 steps lost, 0 bits of difference"
+
+
+def faults_full_disk():
+    """A file system that fills up in the middle of a run: the checkpoint stands, and is resumed."""
+    with data_folder() as folder:
+        s = {"max_steps": 8, "eval_every": 2}
+        whole, _ = train_tiny(folder, **s, out_dir=f"{folder}/a")
+        size = Path(folder, "a/last.pt").stat().st_size
+        with mounted(folder / "small", f"size={size * 5 // 2}") as out:  # last and best, no third
+            code, line = call_main(train, [f"--{k}={v}" for k, v in {
+                **TINY, **s, "dataset": folder, "out_dir": out / "run"}.items()])
+            assert code == 2 and "free some space" in line and line.count("\n") == 1, line
+            step = checkpoint.load_checkpoint(out / "run/last.pt")["step"]
+            assert step == 2 and not list(out.glob("run/*.tmp")), (step, line)
+            subprocess.run(["mount", "-o", f"remount,size={size * 9}", out], check=True)
+            rest, _ = train_tiny(folder, **s, out_dir=out / "run", init_from="resume")
+        assert (weights(whole) == weights(rest)).all()
+    return f"full at the save of step 4, resumed from step {step}, 0 bits of difference"
+
+
+@contextlib.contextmanager
+def mounted(path, options):
+    """A tmpfs of its own; Skip where mounting is not allowed."""
+    path.mkdir()
+    run = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path],
+                         capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise Skip(f"cannot mount a tmpfs here: {run.stderr.strip()[:80]}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", path], check=True)  # a failed run holds files
+
+
+def faults_read_only():
+    """An out_dir that cannot be written or made, whoever asks: one line."""
+    with data_folder() as folder:
+        argv = [f"--{k}={v}" for k, v in {**TINY, "max_steps": 1, "dataset": folder}.items()]
+        places = [f"{folder}/meta.json", f"{folder}/meta.json/run", "/proc/run", "/sys/kernel"]
+        places = [p for p in places if p.startswith(f"{folder}") or Path(p).parent.is_dir()]
+        for place in places:
+            code, line = call_main(train, [*argv, f"--out_dir={place}"])
+            assert code == 2 and "cannot write to" in line and line.count("\n") == 1, line
+        with mounted(folder / "fixed", "ro") as out:
+            for place in (out, out / "run"):
+                code, line = call_main(train, [*argv, f"--out_dir={place}"])
+                assert code == 2 and "Read-only file system" in line, line
+    return f"{len(places) + 2} places refused, one line each"
+
+
+def faults_lost_process():
+    """One of two processes is killed: the other ends by itself with one line; then resumed."""
+    waited = []
+    with data_folder() as folder:
+        s = {"max_steps": 40, "eval_every": 2, "log_every": 1, "eval_windows": 2}
+        whole, _ = train_tiny(folder, **s, out_dir=f"{folder}/a")
+        for victim in (1, 0):
+            said = f"{folder}/said{victim}."
+            out = {"out_dir": f"{folder}/b{victim}"}
+            two = start_two(folder, said, **s, **out)
+            wait_for_steps(two[0], f"{said}0", 6)
+            two[victim].kill()
+            began = time.perf_counter()
+            code, text = ended(two[1 - victim], f"{said}{1 - victim}", 60)
+            waited.append(time.perf_counter() - began)
+            lines = [x for x in text.splitlines() if x.startswith("error: ")]
+            assert code == 2 and len(lines) == 1 and "--init_from=resume" in lines[0], text
+            assert "Traceback" not in text, text
+            step = checkpoint.load_checkpoint(f"{folder}/b{victim}/last.pt")["step"]
+            assert step >= 4, step
+            rest, _ = train_tiny(folder, **s, **out, init_from="resume")
+            within(diff(weights(whole), weights(rest)), 1e-4, "weights max|diff|")
+    return within(max(waited), 30, "seconds until the other has ended")
+
+
+def faults_two_runs():
+    """A second run beside a living one is refused; when that is killed, its folder is free."""
+    with data_folder() as folder:
+        s = {"max_steps": 100_000, "eval_every": 5, "log_every": 1, "out_dir": f"{folder}/out"}
+        process = start(folder, f"{folder}/said", **s)
+        wait_for_steps(process, f"{folder}/said", 7)
+        for how in ("--overwrite=true", "--init_from=resume"):
+            code, line = call_main(train, [how, *(f"--{k}={v}" for k, v in {
+                **TINY, **s, "dataset": folder}.items())])
+            assert code == 2 and f"another run (process {process.pid})" in line, line
+        process.kill()
+        ended(process, f"{folder}/said")
+        step = checkpoint.load_checkpoint(f"{folder}/out/last.pt")["step"]
+        run, _ = train_tiny(folder, **{**s, "max_steps": step + 5}, init_from="resume")
+        assert run.step == step + 5
+    return f"refused with the pid; resumed from step {step} after SIGKILL"
+
+
+def faults_torchrun():
+    """torchrun: an error of all processes is one line; SIGTERM saves, and says how to go on."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
+    with data_folder() as folder:
+        for argv, expected in ((["--lerning_rate=1"], "did you mean learning_rate"),
+                               ([f"--dataset={folder}", f"--out_dir={folder}/meta.json"],
+                                "cannot write")):
+            code, _, err = command(*torchrun, *argv)
+            lines = [x for x in err.splitlines() if x.startswith("error: ")]
+            assert code and len(lines) == 1 and expected in lines[0], err[-2000:]
+        s = {**TINY, "max_steps": 100_000, "log_every": 1, "dataset": folder,
+             "out_dir": f"{folder}/out"}
+        process = subprocess.Popen(
+            [sys.executable, *torchrun, *(f"--{k}={v}" for k, v in s.items())], cwd=HERE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )
+        while "| loss" not in (line := process.stdout.readline()):
+            assert line, "torchrun ended before the first step"
+        process.terminate()
+        said, _ = process.communicate(timeout=60)
+        step = checkpoint.load_checkpoint(f"{folder}/out/last.pt")["step"]
+        assert f"stopped at step {step}, saved" in said and "--init_from=resume" in said, said
+    return f"2 mistakes, one line each from two processes; SIGTERM saved step {step}"
+
+
 # ---- the runner ----------------------------------------------------------------------------------
 
 
 def main(words):
-    """Run the tests whose name holds one of `words` (all without any); 0 if none failed."""
+    """Run the tests whose name holds one of `words` (all without any); 0 if none failed.
+
+    The functions named faults_* are tests too, but run only when `words` ask for them.
+    """
     tests = {
-        name[5:]: f for name, f in globals().items()
-        if name.startswith("test_") and (not words or any(w in name for w in words))
+        name.removeprefix("test_"): f for name, f in globals().items()
+        if name.startswith("test_") and not words
+        or name.startswith(("test_", "faults_")) and any(w in name for w in words)
     }
     if not tests:
         print(f"error: no test has {' or '.join(words)} in its name", file=sys.stderr)

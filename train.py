@@ -27,15 +27,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoint import check_out_dir, check_same, load_checkpoint, save_checkpoint
-from configurator import SettingsError, fail, override, public
+from checkpoint import all_finite, check_out_dir, check_same, load_checkpoint, save_checkpoint
+from configurator import SettingsError, override, public
 from corrupt import NOISE_LAWS, WEIGHTINGS, check_rates, corrupt_all_blocks, masked_diffusion_loss
 from dataset import DataError, data_root, load_dataset, ships_with_repository
+from log import Log
 from machine import Processes, choose_machine, peak_flops
 from model import CascadeConfig, CascadeLM
 from muon import Muon
 from sample import DEFAULTS as SAMPLE
 from sample import generate
+from shard import gathered, load_whole, shard_model, whole
 
 # ---- settings: each can be set in a config file or as --name=value -----------------------------
 # where
@@ -82,10 +84,12 @@ eval_every = 250  # steps between validation bounds; a checkpoint is written wit
 eval_windows = 64  # validation windows for that bound
 final_windows = 512  # windows for the bound at the end
 sample_tokens = 400  # length of the sample at the end; 0 for none
+wandb = False  # besides out_dir/log.csv, which is always written
 # the machine
 device = "auto"  # cuda if there is one, else cpu
 dtype = "auto"  # bfloat16 where the hardware multiplies it, else float32
 attention = "auto"  # flex on CUDA, chunk elsewhere
+shard = False  # slice weights and optimizer over the processes: for models beyond one GPU
 compile = "auto"  # torch.compile of the layers: true with flex, false elsewhere
 # -------------------------------------------------------------------------------------------------
 DEFAULTS = public(dict(globals()))
@@ -213,13 +217,16 @@ def evaluate(model, split, windows, seed=0, batch=16, autocast=nullcontext, proc
     noise = corrupt_all_blocks(blank, c.block_size, c.mask_id, step_generator(seed, -1))
     rank, world = (processes.rank, processes.world) if processes else (0, 1)
     total = torch.zeros(windows, dtype=torch.float64, device=where)
-    for rows in torch.arange(windows).split(batch)[rank::world]:
+    batches = torch.arange(windows).split(batch)
+    # sharded weights are gathered by all processes together: none may sit the last round out
+    for i in range(rank, len(batches) + -len(batches) % world, world):
+        rows, own = batches[i % len(batches)], i < len(batches)
         x0 = torch.from_numpy(split.window(starts[rows].numpy(), c.seq_len))
         with autocast():
             nll = token_nll(model, x0, noise.mask[rows])
         # objective "ar" has S = 1: all weights are 1, and blocks are tokens
         weighted = nll * noise.weight[rows].to(where)
-        total[rows] = weighted.sum(dim=1) / (c.seq_len // c.block_size)
+        total[rows] += own * weighted.sum(dim=1) / (c.seq_len // c.block_size)
     total = processes.sum(total) if processes else total
     error = total.std().item() / math.sqrt(windows) if windows > 1 else math.nan
     return total.mean().item(), error
@@ -278,6 +285,10 @@ def check_settings(s, world):
             raise SettingsError(f"--{name} must be 0 or more, not {getattr(s, name)}")
     if not (0 <= s.beta1 < 1 and 0 <= s.beta2 < 1):
         raise SettingsError(f"--beta1 and --beta2 must lie in [0, 1), not {s.beta1} and {s.beta2}")
+    if not 0 <= s.seed < 2**63:
+        raise SettingsError(f"--seed must lie between 0 and 2^63 - 1, not {s.seed}")
+    if s.shard and world == 1:
+        raise SettingsError("--shard=true is for several processes: start them with torchrun")
     share, rest = divmod(s.batch_size, world)
     if rest or (s.micro_batch and share % s.micro_batch):
         raise SettingsError(
@@ -294,6 +305,7 @@ class Run:
 
     def __init__(self, s, processes):
         self.s, self.processes = s, processes
+        asked = dict(vars(s))  # before "auto" is resolved
         lines = choose_machine(s, processes.local_rank, processes.world)
         self.on_cuda = s.device.startswith("cuda")
         processes.open(s.device)
@@ -301,22 +313,27 @@ class Run:
         self.data = load_data(s, processes)
         shape = {f.name: getattr(s, f.name) for f in fields(CascadeConfig) if hasattr(s, f.name)}
         self.config = CascadeConfig(vocab_size=self.data.vocab_size, **shape)
-        processes.main_first(lambda: check_out_dir(s), s.device)
+        processes.lock = processes.main_first(lambda: check_out_dir(s), s.device)
         torch.manual_seed(s.seed)
         torch.set_float32_matmul_precision("high")
-        self.model = CascadeLM(self.config, s.attention).to(s.device)
+        self.model = CascadeLM(self.config, s.attention)
+        if s.shard:
+            shard_model(self.model, s.device, processes.world)
+        self.model.to(s.device)
         self.optimizers = make_optimizers(self.model, s)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.saved, self.seconds = 0, 0, 0.0
         self.bound = self.final = (math.nan, math.nan)  # mean and standard error
         self.best, self.best_step = math.inf, 0
         if s.init_from == "resume":
-            self.restore(load_checkpoint(Path(s.out_dir) / "last.pt", s.device))
+            where = "cpu" if s.shard else s.device
+            self.restore(load_checkpoint(Path(s.out_dir) / "last.pt", where))
+        self.log = processes.main_first(lambda: Log(asked, self.step), s.device)
         if s.compile:
             for block in self.model.blocks:
                 block.compile(dynamic=False if self.static_shapes() else None)
         self.batches = Prefetch(self.make_batches)
         self.loss = Loss(self.model)
-        if processes.world > 1:
+        if processes.world > 1 and not s.shard:
             # layers are compiled one by one: splitting them to overlap communication breaks flex
             torch._dynamo.config.optimize_ddp = False
             self.loss = nn.parallel.DistributedDataParallel(self.loss)
@@ -375,23 +392,32 @@ class Run:
         for i, batch in enumerate(batches):
             batch = [t.to(s.device, non_blocking=True) for t in batch]
             last = i == len(batches) - 1
-            with self.loss.no_sync() if world > 1 and not last else nullcontext():
+            # sharded gradients are exchanged for each micro-batch: whole ones would have to fit
+            hold = isinstance(self.loss, nn.parallel.DistributedDataParallel) and not last
+            with self.loss.no_sync() if hold else nullcontext():
                 with self.autocast():
                     loss = self.loss(count, *batch)
-                # DDP averages gradients over processes; the loss is already over the global count
+                # gradients are averaged over processes; the loss is already over the global count
                 (loss * world).backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
-        if not math.isfinite(norm.item()):
-            raise SettingsError(
-                f"the gradient is not finite at step {self.step}: lower --learning_rate and "
-                "--muon_lr, and start again with --overwrite=true or another --out_dir"
-            )
+        self.check_finite("gradient", whole(norm).item())
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return total
+
+    def check_finite(self, what, number):
+        """SettingsError unless the number is finite: the step, what is saved, what may help."""
+        if not math.isfinite(number):
+            last = f"{self.s.out_dir}/last.pt is good, of step {self.saved}"
+            raise SettingsError(
+                f"the {what} is not finite at step {self.step} "
+                f"({last if self.saved else 'nothing was saved yet'}): lower --learning_rate and "
+                "--muon_lr, raise --warmup_steps or set --dtype=float32, and start again with "
+                "--overwrite=true or another --out_dir"
+            )
 
     def evaluate(self, windows):
         self.model.eval()
@@ -400,37 +426,45 @@ class Run:
             processes=self.processes,
         )
         self.model.train()
+        self.check_finite("validation bound", bound[0])
         return bound
 
     def state(self):
+        """What a checkpoint holds. Sharded: for all processes to call, and the main one to use."""
         plain = {k: v for k, v in vars(self.s).items() if isinstance(v, (bool, int, float, str))}
         return {
             "config": asdict(self.config), "settings": plain, "meta": self.data.meta,
-            "model": self.model.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
+            "model": gathered(self.model.state_dict(), self.processes.main),
+            "optimizers": gathered([o.state_dict() for o in self.optimizers], self.processes.main),
             "step": self.step, "seconds": self.seconds, "bound": list(self.bound),
             "final": list(self.final), "best": self.best, "best_step": self.best_step,
         }
 
     def restore(self, state):
         check_same(self.s, state["settings"], asdict(self.config), state["config"])
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        load_whole(self.model, self.optimizers, state)
         self.step, self.seconds = state["step"], state["seconds"]
+        self.saved = self.step
         self.bound, self.best = tuple(state["bound"]), state["best"]
         self.best_step = state["best_step"]
 
     def save(self):
-        """last.pt always; best.pt too when the bound is the best so far."""
+        """last.pt always; best.pt too when the bound is the best so far. Returns the state."""
         is_best = self.bound[0] < self.best
         if is_best:
             self.best, self.best_step = self.bound[0], self.step
-        if self.processes.main:
-            state = self.state()
-            save_checkpoint(Path(self.s.out_dir) / "last.pt", state)
-            if is_best:
-                save_checkpoint(Path(self.s.out_dir) / "best.pt", state)
+        state = self.state()
+
+        def write():
+            tensors = [state["model"], state["optimizers"]]
+            self.check_finite("model", 0.0 if all_finite(tensors) else math.nan)
+            self.log.sync()
+            for name in ("last.pt", "best.pt") if is_best else ("last.pt",):
+                save_checkpoint(Path(self.s.out_dir) / name, state)
+
+        self.processes.main_first(write, self.s.device)
+        self.saved = self.step
+        return state
 
 
 class Stop:
@@ -491,12 +525,17 @@ def train_loop(run):
             mfu = count * step_flops / seconds / (peak * processes.world) if peak else None
             left = run.seconds / 60 / max(progress, 1e-9) * (1 - progress)
             lr = run.optimizers[0].param_groups[0]["lr"]
+            run.check_finite("loss", loss)
             if processes.main:
                 report(run, loss, lr, rate, mfu, left)
+                run.log.write(run.step, seconds=run.seconds, loss=loss, lr=lr,
+                              tokens_per_second=rate)
             mark, mark_step, losses = time.perf_counter(), run.step, 0.0
         if run.step % s.eval_every == 0 and not done:
             paused = time.perf_counter()
             run.bound = run.evaluate(s.eval_windows)
+            if processes.main:
+                run.log.write(run.step, val=run.bound[0], val_error=run.bound[1])
             run.save()
             run.seconds = time.perf_counter() - began
             mark += time.perf_counter() - paused  # evaluation is not training speed
@@ -510,9 +549,12 @@ def finish(run, complete):
     s, val = run.s, run.data.split("val")
     if complete:
         run.bound, run.final = run.evaluate(s.eval_windows), run.evaluate(s.final_windows)
-    run.save()
+        if run.processes.main:
+            run.log.write(run.step, val=run.bound[0], val_error=run.bound[1])
+    state = run.save()
     if not run.processes.main:
         return
+    run.log.close()
     if not complete:
         again = [a for a in sys.argv[1:] if not a.startswith(("--init_from", "--overwrite"))]
         print(
@@ -534,7 +576,7 @@ def finish(run, complete):
         heat = SAMPLE["temperature"]
         print(f"\n---- a sample, unedited: temperature {heat}, seed {s.seed} ".ljust(80, "-"))
         model = CascadeLM(run.config).to(s.device)  # not compiled: decoding's shapes change
-        model.load_state_dict(run.model.state_dict())
+        model.load_state_dict(state["model"])
         with run.autocast():
             rows = generate(model.eval(), [[]], s.sample_tokens, temperature=heat, seed=s.seed)
         print(run.data.tokenizer.decode(rows[0]) + "\n" + "-" * 79)
@@ -550,7 +592,14 @@ def main(argv):
         run = Run(SimpleNamespace(**override(DEFAULTS, argv)), processes)
         finish(run, train_loop(run))
     except (SettingsError, DataError, ValueError) as e:
-        fail(e)
+        processes.fail(e)
+    except RuntimeError as e:
+        if not processes.lost(e):
+            raise
+        processes.fail(
+            f"another process of this run is gone ({str(e).splitlines()[0][:80]}): start it "
+            "again, with --init_from=resume if it has saved"
+        )
     finally:
         processes.close()
 
