@@ -70,6 +70,7 @@ DECODE = SHARED | {
     "repeats": 5,  # interleaved runs of each contestant, after one that is not counted
     "near": 100,  # positions whose passes are compared: work must not grow with the text
     "far": 2000,
+    "cuda_graphs": False,  # on CUDA: both contestants replay recorded passes
 }
 TRAIN = SHARED | {
     "n_layer": 6,
@@ -170,7 +171,7 @@ def numbers(s, name, whole=None):
 # ---- decoding ----------------------------------------------------------------------------------
 
 
-def decode_row(s, gpt, model, K, batch):
+def decode_row(s, gpt, model, K, batch, cuda_graphs=False):
     """One row of the table: a dict of figures for one (S, K) and one batch size."""
     nfe = {}
 
@@ -178,7 +179,8 @@ def decode_row(s, gpt, model, K, batch):
         def work():
             with torch.autocast(s.device.split(":")[0], torch.bfloat16, s.dtype == "bfloat16"):
                 *_, last = generate_stream(
-                    net, [[]] * batch, s.tokens, rule="random", steps=steps
+                    net, [[]] * batch, s.tokens, rule="random", steps=steps,
+                    cuda_graphs=cuda_graphs,
                 )
             nfe[name] = last.nfe
 
@@ -236,7 +238,7 @@ def decode(s):
     for S, K in pairs:
         model = make_model(s, "diffusion", S, s.seq_len)
         for batch in batches:
-            rows.append(decode_row(s, gpt, model, K, batch))
+            rows.append(decode_row(s, gpt, model, K, batch, s.cuda_graphs))
             if not s.json:
                 print_decode_row(rows[-1], first=len(rows) == 1)
     near, far = position_ratio(s, pairs[0][0])
@@ -732,9 +734,10 @@ def gpu_decode(s):
     gpt = make_model(s, "ar", 1, s.seq_len)
     for S, K in block_pairs(s):
         model = make_model(s, "diffusion", S, s.seq_len)
-        for batch in numbers(s, "batches"):
-            r = decode_row(s, gpt, model, K, batch)
-            yield (f"decoding, S={S}, K={K}, batch {batch}",
+        ways = (False, True) if on_cuda(s) else (False,)  # of passes: launched, or recorded
+        for batch, graphs in itertools.product(numbers(s, "batches"), ways):
+            r = decode_row(s, gpt, model, K, batch, graphs)
+            yield (f"decoding, S={S}, K={K}, batch {batch}" + ", CUDA graphs" * graphs,
                    f"{r['tokens_per_s']:,.0f} tokens/s, {r['ratio']:.2f} ({r['ratio_min']:.2f}-"
                    f"{r['ratio_max']:.2f}) of the GPT's")
 

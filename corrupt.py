@@ -221,3 +221,47 @@ def masked_diffusion_loss(logits, targets, weight, num_blocks):
         logits.flatten(0, -2).float(), targets.flatten(), reduction="none"
     )
     return (nll * weight.flatten()).sum() / num_blocks
+
+
+class _PiecewiseLoss(torch.autograd.Function):
+    """sum_i weight_i * -log softmax(h_i W^T)[target_i], `rows` positions at a time.
+
+    The gradient is formed beside the loss, while a piece's logits are there: per position it is
+    weight (p - onehot) W towards h, and the same against h towards W.
+    """
+
+    @staticmethod
+    def forward(ctx, h, head, targets, weight, rows):
+        total = weight.new_zeros(())
+        dh, dhead = torch.empty_like(h), torch.zeros_like(head, dtype=torch.float32)
+        pieces = (x.split(rows) for x in (h, targets.unsqueeze(1), weight, dh))
+        for x, target, w, dx in zip(*pieces, strict=True):
+            logp = F.linear(x, head).float()
+            logp -= logp.logsumexp(dim=1, keepdim=True)
+            total -= w @ logp.gather(1, target)[:, 0]
+            grad = logp.exp_().scatter_add_(1, target, -torch.ones_like(w)[:, None])
+            grad = grad.mul_(w[:, None]).to(head.dtype)
+            dx.copy_(grad @ head)
+            dhead += grad.T @ x
+        ctx.save_for_backward(dh, dhead.to(head.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, g):
+        dh, dhead = ctx.saved_tensors
+        return dh * g, dhead * g, None, None, None
+
+
+def head_loss(h, head, targets, weight, num_blocks, piece=2**25):
+    """masked_diffusion_loss of the logits h @ head.T without ever holding all of them.
+
+    h (M, C), head (V, C), targets (M,) int64, weight (M,) float32. `piece`: logits held at once,
+    134 MB of float32 by default; whatever fits in one piece takes the direct way.
+    """
+    if targets.numel() * len(head) <= piece:
+        return masked_diffusion_loss(F.linear(h, head), targets, weight, num_blocks)
+    dtype = torch.get_autocast_dtype(h.device.type)
+    if torch.is_autocast_enabled(h.device.type):
+        h, head = h.to(dtype), head.to(dtype)
+    rows = max(1, piece // len(head))
+    return _PiecewiseLoss.apply(h, head, targets, weight, rows) / num_blocks

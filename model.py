@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from corrupt import check_blocks
+from corrupt import check_blocks, head_loss
 
 try:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -469,10 +469,13 @@ class CascadeLM(nn.Module):
             else:
                 raise AssertionError(f"no initialisation for {name}")
 
+    def head_weight(self):
+        """(V, C), a row for each real token: [MASK] has none."""
+        return self.embed.weight[:-1] if self.config.tie_embeddings else self.head.weight
+
     def logits(self, h):
         """Final norm and head: (..., C) -> (..., V) float32, whatever the autocast."""
-        weight = self.embed.weight[:-1] if self.config.tie_embeddings else self.head.weight
-        return F.linear(self.norm(h), weight).float()
+        return F.linear(self.norm(h), self.head_weight()).float()
 
     def check_tokens(self, tokens):
         """Raises ValueError unless tokens (B, n) fit the context and are whole blocks."""
@@ -483,13 +486,17 @@ class CascadeLM(nn.Module):
 
     def forward(self, tokens):
         """tokens (B, N) int64 in 0..V (V is [MASK]) -> logits (B, N, V), block-causal."""
+        return self.logits(self.hidden(tokens))
+
+    def hidden(self, tokens):
+        """(B, N, C): `forward` before the final norm and the head."""
         self.check_tokens(tokens)
         N, S = tokens.shape[1], self.config.block_size
         rope = self.cos[:N], self.sin[:N]
         h = self.embed(tokens)
         for block in self.blocks:
             h = block(h, rope, lambda q, k, v: block_causal_attention(q, k, v, S))
-        return self.logits(h)
+        return h
 
     def masked_logits(self, x0, xt, index):
         """Two-stream pass: logits (M, V) of the noisy stream at flat positions `index` (M,).
@@ -497,13 +504,17 @@ class CascadeLM(nn.Module):
         x0, xt (B, N) int64. Equal to a pass over [clean blocks before b, noisy block b] for each
         block b, for all blocks at once.
         """
+        return self.logits(self.masked_hidden(x0, xt, index))
+
+    def masked_hidden(self, x0, xt, index):
+        """(M, C): `masked_logits` before the final norm and the head."""
         self.check_tokens(x0)
         N = x0.shape[1]
         rope = self.cos[:N], self.sin[:N]
         h = self.embed(torch.stack([x0, xt]))  # (2, B, N, C)
         for block in self.blocks[:-1]:
             h = block(h, rope, self.two_stream_attend(N, noisy_only=False))
-        return self.logits(self.blocks[-1](h, rope, self.two_stream_attend(N, True), index))
+        return self.blocks[-1](h, rope, self.two_stream_attend(N, True), index)
 
     def two_stream_attend(self, N, noisy_only):
         """The attention of one two-stream layer, `attend(q, k, v)`, by the path in use."""
@@ -519,8 +530,26 @@ class CascadeLM(nn.Module):
         The input is x0 shifted right behind one [MASK], which serves as the beginning of text, so
         the baseline is scored on exactly the tokens that the diffusion model is scored on.
         """
+        return self.logits(self.ar_hidden(x0))
+
+    def ar_hidden(self, x0):
+        """(B, N, C): `ar_logits` before the final norm and the head."""
         first = torch.full_like(x0[:, :1], self.config.mask_id)
-        return self(torch.cat([first, x0[:, :-1]], dim=1))
+        return self.hidden(torch.cat([first, x0[:, :-1]], dim=1))
+
+    def loss(self, num_blocks, x0, xt=None, weight=None, index=None):
+        """The training loss in nats per token, of masked tokens or, without `xt`, of all of x0.
+
+        x0, xt (B, N) int64; weight (B, N) float32; index (M,), the flat positions that carry loss;
+        `num_blocks`: blocks (objective "ar": tokens) of the global batch, the normaliser.
+        """
+        if xt is None:
+            h, targets = self.ar_hidden(x0).flatten(0, 1), x0.flatten()
+            weight = torch.ones_like(targets, dtype=torch.float32)
+        else:
+            h = self.masked_hidden(x0, xt, index)
+            targets, weight = x0.flatten()[index], weight.flatten()[index]
+        return head_loss(self.norm(h), self.head_weight(), targets, weight, num_blocks)
 
     @torch.no_grad()
     def decode(self, tokens, cache, commit):

@@ -15,8 +15,8 @@ def shard_model(model, device, world):
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)  # the embedding, the last norm and the head
-    # called like forward (ar_logits calls forward itself): gather around it too
-    register_fsdp_forward_method(model, "masked_logits")
+    for method in ("loss", "masked_logits", "ar_logits"):  # called like forward: gather around them
+        register_fsdp_forward_method(model, method)
 
 
 def whole(tensor):

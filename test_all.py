@@ -597,6 +597,22 @@ def test_bound_at_block_size_1():
     return within(abs(loss - total / 20), 2e-6)
 
 
+def test_loss_in_pieces():
+    """The head's loss a few positions at a time: value and both gradients as if all at once."""
+    g, worst = generator(), 0.0
+    h, head = torch.randn(50, 16, generator=g), torch.randn(40, 16, generator=g)
+    targets = torch.randint(40, (50,), generator=g)
+    weight = torch.rand(50, generator=g)
+    found = {}
+    for piece in (2**25, 40 * 50 - 1, 40 * 7, 1):  # all at once; 49 rows and 1; 7 a time; 1
+        ins = [h.clone().requires_grad_(), head.clone().requires_grad_()]
+        loss = corrupt.head_loss(*ins, targets, weight, 13, piece)
+        found[piece] = [loss.detach(), *torch.autograd.grad(3 * loss, ins)]
+    for got in list(found.values())[1:]:
+        worst = max(worst, *(diff(a, b) for a, b in zip(got, found[2**25], strict=True)))
+    return within(worst, 5e-6)
+
+
 def test_weighting_cascade():
     """weighting="cascade" is not the bound: it grows like log(1 / m_min); "elbo" does not."""
     B, S = 100_000, 16

@@ -29,7 +29,7 @@ from torch import nn
 
 from checkpoint import all_finite, check_out_dir, check_same, load_checkpoint, save_checkpoint
 from configurator import SettingsError, override, public
-from corrupt import NOISE_LAWS, WEIGHTINGS, check_rates, corrupt_all_blocks, masked_diffusion_loss
+from corrupt import NOISE_LAWS, WEIGHTINGS, check_rates, corrupt_all_blocks
 from dataset import DataError, data_root, load_dataset, ships_with_repository
 from log import Log
 from machine import Processes, choose_machine, peak_flops
@@ -162,21 +162,14 @@ def load_data(s, processes):
 
 
 class Loss(nn.Module):
-    """The training loss as a module, so that DDP can wrap it. Nats per token."""
+    """CascadeLM.loss as a module's forward, so that DDP can wrap it."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, num_blocks, x0, xt=None, weight=None, index=None):
-        """`num_blocks`: blocks (objective "ar": tokens) of the global batch, the normaliser."""
-        if xt is None:
-            logits, targets = self.model.ar_logits(x0), x0
-            weight = torch.ones_like(targets, dtype=torch.float32)
-        else:
-            logits = self.model.masked_logits(x0, xt, index)
-            targets, weight = x0.flatten()[index], weight.flatten()[index]
-        return masked_diffusion_loss(logits, targets, weight, num_blocks)
+    def forward(self, *batch):
+        return self.model.loss(*batch)
 
 
 @torch.no_grad()
