@@ -3167,18 +3167,19 @@ def test_bench_commands():
         (["train", "--block_sizes=0"], "--block_sizes must be numbers"),
         (["train", "--lengths=N"], "--lengths must be numbers"),
         (["train", "--lengths=256,10000"], "not a multiple of N = 10000"),
-        (["train", "--block_sizes=16,24"], "multiple of block_size"),
         (["train", "--repeats=0"], "at least 1"), (["train", "--n_head=5"], "not divisible"),
         (["train", "--optimizer=sgd"], "muon or adamw"), (["train", "--device=tpu"], "not on this"),
         (["decode", "--pairs=16"], "--pairs=16:4"), (["decode", "--batches=0"], "--batches must"),
     ]
+    with raises(ValueError):  # before anything is measured
+        bench.train_shapes(bench_settings("train", **{**SMALL_STEP, "block_sizes": "4,3"}))
     if not torch.cuda.is_available():
         cases.append((["gpu"], "no CUDA device here"))
     for argv, expected in cases:
         code, said = call_main(bench, argv)
         assert code == 2 and said.startswith("error: ") and said.count("\n") == 1, (argv, said)
         assert expected in said, (argv, said)
-    return f"{len(rows) + 1} rows, {len(cases)} mistakes in one line each"
+    return f"{len(rows) + 1} rows, {len(cases) + 1} mistakes in one line each"
 
 
 # ---- long runs -----------------------------------------------------------------------------------
