@@ -2641,6 +2641,9 @@ def test_eval_noise_error():
     ratio = many / math.sqrt(said) * math.sqrt(32 / 2)
     assert 0.7 < ratio < 1.4, f"not 1 / sqrt(draws): {ratio:.2f}"
     assert math.isnan(evaluation.noise_error(torch.ones(1, 8).double(), 2))
+    # one block a window, S = 4: groups of 4 windows hold every k once, so their mean has no error
+    k = torch.stack([corrupt.balanced_counts(40, 1, 4, generator(i))[:, 0] for i in (1, 2)])
+    assert evaluation.noise_error(k.double(), 4) < 1e-9 < evaluation.noise_error(k.double(), 1)
     return within(abs(off[0]), 3, f"2 errors cover {covered:.0%}; std errors off")
 
 
