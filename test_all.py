@@ -2866,11 +2866,11 @@ def test_eval_command():
 def test_eval_refuses():
     """A mistake ends in one line that says what to do, and nothing is overwritten."""
     with evaluated() as folder:
-        wide = tiny_model(seq_len=16, block_size=16, vocab_size=7)
+        wide = tiny_model(seq_len=10, block_size=10, vocab_size=7)
         _, state = checkpoint.load_model(f"{folder}/S4")
         keep = {k: v for k, v in state.items() if k not in ("digest", "torch", "format")}
         change = [
-            ("S16", {"config": asdict(wide.config), "model": wide.state_dict()}),
+            ("S10", {"config": asdict(wide.config), "model": wide.state_dict()}),
             ("long", {"config": {**state["config"], "seq_len": 4000}}),
             ("other", {"meta": {**state["meta"], "chars": "\nabcdeg"}}),
             ("orphan", {"settings": {}}),
@@ -2892,7 +2892,7 @@ def test_eval_refuses():
         judge = ["--samples=true", "--num_samples=2", f"--judge={folder}/seed2"]
         cases = [
             ("S4", ["--exakt=true"], "did you mean exact"),
-            ("S16", ["--exact=true"], "65,535", "chain"),
+            ("S10", ["--exact=true", "--exact_windows=1"], "1,023", "chain"),
             ("ar", ["--exact=true"], "exact"),
             ("S4", ["--exact=true", "--samples=true"], "one at a time"),
             ("S4", ["--draws=0"], "--draws must be at least 1"),
