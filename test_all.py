@@ -815,7 +815,8 @@ def test_two_processes():
         states = [checkpoint.load_checkpoint(f"{folder}/{n}/last.pt") for n in runs]
         worst = max(diff(a, other["model"][k]) for other in states[1:]
                     for k, a in states[0]["model"].items())
-        assert len({round(x["final"][0], 5) for x in states}) == 1, [x["final"] for x in states]
+        finals = [x["final"][0] for x in states]
+        assert max(finals) - min(finals) < 1e-5, finals
         logs = [read_log(f"{folder}/{n}/log.csv") for n in runs]
         assert [len(x) for x in logs] == [50, 50, 50]
         for rows in zip(*logs, strict=True):
@@ -3457,7 +3458,7 @@ def state_difference(a, b):
     worst = max(diff(v, b["model"][k]) for k, v in a["model"].items())
     for x, y in zip(tree_leaves(a["optimizers"]), tree_leaves(b["optimizers"]), strict=True):
         if isinstance(x, torch.Tensor):
-            worst = max(worst, diff(x, y) / max(1e-3, x.abs().max().item()))
+            worst = max(worst, diff(x, y) / max(1e-12, x.abs().max().item()))
         else:
             assert x == y, (x, y)
     return worst
