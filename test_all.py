@@ -3449,7 +3449,7 @@ def test_sharded():
         code, line = call_main(train, [*(f"--{k}={v}" for k, v in TINY.items()), "--max_steps=1",
                                        "--shard=true"])
         assert code == 2 and "torchrun" in line, line
-    return within(max(worst), 1e-4, "sharded, and resumed both ways: weights, moments max|diff|")
+    return within(max(worst), 5e-4, "sharded, and resumed both ways: weights, moments max|diff|")
 
 
 def state_difference(a, b):
