@@ -149,17 +149,21 @@ def chunked_two_stream_attention(q, k, v, block_size, chunk=64):
     q (1 or 2, B, H, N, D): [clean, noisy], or [noisy] alone; k, v (2, B, Hkv, N, D).
     Returns the shape of q. About `chunk` tokens make a chunk, always whole blocks.
     """
-    N = q.shape[3]
     step = block_size * max(1, chunk // block_size)
+    # split, not sliced: the gradient of each slice would be a zero-filled copy of the whole
+    k, noisy_k = (x.split(step, dim=2) for x in k.unbind())
+    v, noisy_v = (x.split(step, dim=2) for x in v.unbind())
     out = []
-    for a in range(0, N, step):
-        e = min(a + step, N)
-        queries = torch.cat([stream[:, :, a:e] for stream in q], dim=2)
-        keys = torch.cat([k[0, :, :, :e], k[1, :, :, a:e]], dim=2)
-        values = torch.cat([v[0, :, :, :e], v[1, :, :, a:e]], dim=2)
-        bias = _chunk_bias(a, e - a, block_size, len(q) == 1, q.device, q.dtype)
-        y = _sdpa(queries, keys, values, bias)  # (B, H, len(q) * (e - a), D)
-        out.append(torch.stack(y.chunk(len(q), dim=2)))
+    for i, queries in enumerate(q.split(step, dim=3)):
+        streams, _, _, length, _ = queries.shape
+        bias = _chunk_bias(i * step, length, block_size, streams == 1, q.device, q.dtype)
+        y = _sdpa(
+            torch.cat(queries.unbind(), dim=2),
+            torch.cat([*k[: i + 1], noisy_k[i]], dim=2),
+            torch.cat([*v[: i + 1], noisy_v[i]], dim=2),
+            bias,
+        )  # (B, H, streams * length, D)
+        out.append(torch.stack(y.chunk(streams, dim=2)))
     return torch.cat(out, dim=3)
 
 
