@@ -175,7 +175,8 @@ def check_out_dir(s):
         path.mkdir(parents=True, exist_ok=True)
         claim = lock(path)
         (path / "last.pt.tmp").touch()
-        (path / "last.pt.tmp").unlink()
+        for half in ("last.pt.tmp", "best.pt.tmp"):  # of a run that was killed inside a save
+            (path / half).unlink(missing_ok=True)
         if s.init_from == "scratch":  # a best.pt of the run being replaced would outlive it
             (path / "best.pt").unlink(missing_ok=True)
     except OSError as e:

@@ -3287,7 +3287,7 @@ def survive(kills, steps):
         whole, _ = train_tiny(folder, **settings, out_dir=f"{folder}/a")
         a, b, last = Path(folder, "a"), Path(folder, "b"), Path(folder, "b/last.pt")
         for i, (n, moment) in enumerate(kills):
-            said, inside = f"{folder}/said{i}", isinstance(moment, str)
+            said, inside, old = f"{folder}/said{i}", isinstance(moment, str), half_files(b)
             process = start(
                 folder, said, functools.partial(die_in_save, n, moment) if inside else None,
                 **settings, out_dir=b, overwrite=True,
@@ -3299,7 +3299,7 @@ def survive(kills, steps):
                 process.kill()
             code, text = ended(process, said)
             assert code == -signal.SIGKILL, (i, code, text[-300:])
-            left = (b / "last.pt.tmp").exists() or (b / "best.pt.tmp").exists()
+            left = bool(half_files(b) - old)
             assert left == (moment in ("half", "before")) or not inside, (i, moment, left)
             torn += left
             # step N + 1 is reported after the save of step N, which is even
@@ -3311,6 +3311,7 @@ def survive(kills, steps):
             assert saved >= (seen - 1) // 2 * 2, f"step {seen} reported, {saved} saved"
         train_tiny(folder, **settings, out_dir=b, overwrite=True,
                    init_from="resume" if last.exists() else "scratch")
+        assert not half_files(b), "the half files of killed runs stay"
         states = [checkpoint.load_checkpoint(p / "last.pt") for p in (a, b)]
         for part in ("model", "optimizers", "final", "best", "best_step"):
             first, second = (checkpoint.digest(s[part]) for s in states)
@@ -3320,6 +3321,11 @@ def survive(kills, steps):
             del row["seconds"], row["tokens_per_second"]
         assert rows[0] == rows[1] and len(rows[0]) == steps, rows
     return torn
+
+
+def half_files(folder):
+    """The temporary files of saves in a folder, as a set of (name, time)."""
+    return {(p.name, p.stat().st_mtime_ns) for p in folder.glob("*.tmp")}
 
 
 def read_log(path):
