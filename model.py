@@ -289,8 +289,14 @@ class CudaGraphs:
 # ---- the network -----------------------------------------------------------------------------
 
 
+def by_hand(x, dtype):
+    """Whether norm and rotary embedding take derivatives written by hand: a CPU runs the plain
+    formulas as a chain of ten operations. A compiler fuses them better than a hand does."""
+    return x.dtype == dtype and not x.is_cuda and not torch.compiler.is_compiling()
+
+
 class _RMSNorm(torch.autograd.Function):
-    """y = n * weight with n = x / rms. On a CPU torch's own is a chain of ten operations.
+    """y = n * weight with n = x / rms.
 
     Backward: dweight = sum g n; dx = (g weight - n mean(g weight n)) / rms.
     """
@@ -321,7 +327,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        if x.dtype == self.weight.dtype and not x.is_cuda:
+        if by_hand(x, self.weight.dtype):
             return _RMSNorm.apply(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
@@ -356,7 +362,7 @@ def rotate(x, cos, sin):
 
     x (..., N, H, D); cos, sin (..., N, 1, D / 2) in float32, so that angles keep their precision.
     """
-    if x.dtype == cos.dtype and not x.is_cuda:
+    if by_hand(x, cos.dtype):
         return _Rotate.apply(x, cos, sin)
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).type_as(x)

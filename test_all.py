@@ -459,6 +459,24 @@ def test_layers_equal_formulas():
     return within(max(worst, diff(mlp(x), y)), 5e-6)
 
 
+def test_compiles_whole():
+    """Traced for torch.compile the layers make two graphs, the last layer's its own: no breaks, and
+    nothing anew for another layer or batch."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    net, counter = tiny_model(attention="flex", n_layer=4), CompileCounter()
+    for block in net.blocks:
+        block.forward = torch.compile(block.forward, backend=counter, dynamic=False)
+    x0 = tokens_for(net, 2)
+    index = torch.arange(0, x0.numel(), 2)
+    with torch.no_grad():
+        for _ in range(2):
+            net.masked_hidden(x0, x0, index)
+    assert counter.frame_count == 2, f"{counter.frame_count} graphs"
+    return f"{counter.frame_count} graphs of 4 layers"
+
+
 def test_initialisation():
     """The table: the untrained model predicts the uniform distribution, whatever the width."""
     torch.manual_seed(0)

@@ -322,8 +322,9 @@ class Run:
             self.restore(load_checkpoint(Path(s.out_dir) / "last.pt", where))
         self.log = processes.main_first(lambda: Log(asked, self.step), s.device)
         if s.compile:
-            for block in self.model.blocks:
-                block.compile(dynamic=False if self.static_shapes() else None)
+            for block in self.model.blocks:  # the forward alone: fully_shard's hooks stay outside
+                dynamic = False if self.static_shapes() else None
+                block.forward = torch.compile(block.forward, dynamic=dynamic)
         self.batches = Prefetch(self.make_batches)
         self.loss = Loss(self.model)
         if processes.world > 1 and not s.shard:
