@@ -35,6 +35,7 @@ import tempfile
 import time
 import traceback
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -3729,34 +3730,45 @@ def faults_torchrun():
 # ---- the runner ----------------------------------------------------------------------------------
 
 
+def run(name):
+    """(verdict, seconds, what to say) of one test."""
+    torch.set_num_threads(1)  # the models here are tiny: a second thread would only wait
+    began = time.perf_counter()
+    try:
+        verdict, line = "PASS", globals()[name]()
+        if isinstance(line, tuple):
+            line = f"{line[0]}, allowed {line[1]}"
+    except Skip as e:
+        verdict, line = "SKIP", str(e)
+    except Exception as e:
+        verdict, line = "FAIL", f"{type(e).__name__}: {e}"
+        traceback.print_exc()
+    return verdict, time.perf_counter() - began, line
+
+
 def main(words):
     """Run the tests whose name holds one of `words` (all without any); 0 if none failed.
 
-    The functions named faults_* are tests too, but run only when `words` ask for them.
+    The functions named faults_* are tests too, but run only when `words` ask for them. Several
+    tests are shared out over one process per core, at most four.
     """
-    tests = {
-        name.removeprefix("test_"): f for name, f in globals().items()
+    tests = [
+        name for name in globals()
         if name.startswith("test_") and not words
-        or name.startswith(("test_", "faults_")) and any(w in name for w in words)
-    }
+        or name.startswith(("test_", "faults_"))
+        and any(w in name.removeprefix("test_") for w in words)
+    ]
     if not tests:
         print(f"error: no test has {' or '.join(words)} in its name", file=sys.stderr)
         return 2
-    torch.set_num_threads(1)  # the models here are tiny: a second thread would only wait
     count = {"PASS": 0, "FAIL": 0, "SKIP": 0}
-    for name, test in tests.items():
-        began = time.perf_counter()
-        try:
-            verdict, line = "PASS", test()
-            if isinstance(line, tuple):
-                line = f"{line[0]}, allowed {line[1]}"
-        except Skip as e:
-            verdict, line = "SKIP", str(e)
-        except Exception as e:
-            verdict, line = "FAIL", f"{type(e).__name__}: {e}"
-            traceback.print_exc()
-        count[verdict] += 1
-        print(f"{verdict}  {name:34s} {time.perf_counter() - began:6.1f}s  {line}", flush=True)
+    workers = min(len(tests), os.cpu_count() or 1, 4)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for name, found in zip(tests, pool.map(run, tests), strict=True):
+            verdict, seconds, line = found
+            count[verdict] += 1
+            short = name.removeprefix("test_")
+            print(f"{verdict}  {short:34s} {seconds:6.1f}s  {line}", flush=True)
     skipped = f", {count['SKIP']} skipped" if count["SKIP"] else ""
     print(f"{count['PASS']} passed, {count['FAIL']} failed{skipped}")
     return 1 if count["FAIL"] else 0
