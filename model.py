@@ -33,6 +33,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from corrupt import check_blocks, head_loss
 
@@ -155,16 +156,38 @@ def chunked_two_stream_attention(q, k, v, block_size, chunk=64):
     v, noisy_v = (x.split(step, dim=2) for x in v.unbind())
     out = []
     for i, queries in enumerate(q.split(step, dim=3)):
-        streams, _, _, length, _ = queries.shape
-        bias = _chunk_bias(i * step, length, block_size, streams == 1, q.device, q.dtype)
-        y = _sdpa(
-            torch.cat(queries.unbind(), dim=2),
-            torch.cat([*k[: i + 1], noisy_k[i]], dim=2),
-            torch.cat([*v[: i + 1], noisy_v[i]], dim=2),
-            bias,
-        )  # (B, H, streams * length, D)
-        out.append(torch.stack(y.chunk(streams, dim=2)))
+        keys, values = [*k[: i + 1], noisy_k[i]], [*v[: i + 1], noisy_v[i]]
+        if i < FEW_CHUNKS or not torch.is_grad_enabled():
+            out.append(_attend_chunk(block_size, queries, *keys, *values))
+        else:
+            out.append(checkpoint(
+                _attend_chunk, block_size, queries, *keys, *values, use_reentrant=False,
+                preserve_rng_state=False,
+            ))
     return torch.cat(out, dim=3)
+
+
+# The keys of a chunk are joined into one tensor, which its gradient needs. Kept, they would add up
+# to N^2 / chunk; so from here on a chunk keeps its parts and joins them anew for the gradient
+FEW_CHUNKS = 16
+
+
+def _attend_chunk(block_size, queries, *parts):
+    """One chunk's attention: queries (streams, B, H, n, D) against the joined keys and values,
+    `parts`: clean keys of the chunks up to this one, its noisy keys, and the same of the values."""
+    streams, _, _, length, _ = queries.shape
+    half = len(parts) // 2
+    before = sum(part.shape[2] for part in parts[: half - 2])
+    bias = _chunk_bias(
+        before, length, block_size, streams == 1, queries.device, queries.dtype
+    )
+    y = _sdpa(
+        torch.cat(queries.unbind(), dim=2),
+        torch.cat(parts[:half], dim=2),
+        torch.cat(parts[half:], dim=2),
+        bias,
+    )  # (B, H, streams * n, D)
+    return torch.stack(y.chunk(streams, dim=2))
 
 
 @lru_cache(maxsize=32)

@@ -325,6 +325,34 @@ def test_attention_equals_oracle():
     return within(worst, 1e-6)
 
 
+def test_attention_of_many_chunks():
+    """Chunks past the first few join their keys anew for the gradient: the same gradients, and what
+    is kept for them grows linearly with N."""
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 2, 1, 2, 40, 8, generator=generator()))
+    g = torch.randn(2, 1, 2, 40, 8, generator=generator(1))
+    found = [
+        torch.autograd.grad(cascade.chunked_two_stream_attention(q, k, v, 2, chunk), (q, k, v), g)
+        for chunk in (2, 64)
+    ]
+    worst = max(diff(a, b) for a, b in zip(*found, strict=True))
+
+    def kept(N):
+        seen = {}
+
+        def pack(x):
+            seen[x.untyped_storage().data_ptr()] = x  # held, so that no address comes twice
+            return x
+
+        ins = (torch.zeros(2, 1, 1, N, 8, requires_grad=True) for _ in range(3))
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            cascade.chunked_two_stream_attention(*ins, 4, 8)
+        return sum(x.untyped_storage().nbytes() for x in seen.values())
+
+    growth = (kept(1024) - kept(512)) / (kept(512) - kept(256))
+    assert growth < 2.5, growth  # of a quadratic part alone it would be 4
+    return within(worst, 2e-5, f"from N=256 to 512 to 1,024 kept x {growth:.2f}; grad max|diff|")
+
+
 def test_attention_half_precision():
     """bf16 and fp16 paths against the oracle on the same rounded input."""
     N, S, worst = 64, 8, {}
