@@ -169,7 +169,7 @@ def chunked_two_stream_attention(q, k, v, block_size, chunk=64):
 
 # The keys of a chunk are joined into one tensor, which its gradient needs. Kept, they would add up
 # to N^2 / chunk; so from here on a chunk keeps its parts and joins them anew for the gradient
-FEW_CHUNKS = 16
+FEW_CHUNKS = 32  # 2,048 tokens
 
 
 def _attend_chunk(block_size, queries, *parts):

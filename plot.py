@@ -98,7 +98,7 @@ def draw_samples(plt, rows):
     if not runs:
         raise SettingsError("no samples of a diffusion run to draw: leave it out with --samples=")
     figure, panels = plt.subplots(
-        1, len(runs), figsize=(1.2 + 3.4 * len(runs), 3.6), sharey=True, squeeze=False,
+        1, len(runs), figsize=(2.6 + 3.2 * len(runs), 3.6), sharey=True, squeeze=False,
         layout="constrained",
     )
     for axes, run in zip(panels[0], runs, strict=True):
@@ -126,7 +126,8 @@ def draw_samples(plt, rows):
         axes.minorticks_off()
         axes.set(xlabel="forward passes per token", title=f"S = {mine[0].block_size:.0f}")
     panels[0][0].set_ylabel("judge's nats per token (lower: more likely)")
-    panels[0][-1].legend(fontsize=7)
+    handles = panels[0][-1].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right center", fontsize=7)
     return figure
 
 
