@@ -7,7 +7,8 @@ On a CPU the settings are the defaults of train.py: 0.8M parameters, S = 8, limi
 Measured on two shared cores of an AMD EPYC (Zen 3, float32, no bf16 units), torch 2.13.0, seed
 1337, in nats per character of validation text:
 
-    4.5 minutes, 1.05M tokens: bound <= 2.113 +- 0.010 (<= 2.266 at 0.61M tokens in a slower hour)
+    4.5 minutes, 1.48M tokens: bound <= 2.040 +- 0.011 in a quiet hour (<= 2.113 at 1.05M, <= 2.266
+    at 0.61M tokens in slower ones)
     15 minutes, 2.19M tokens: bound <= 1.970 +- 0.011
 
 Only Muon's rate was chosen by measurement (README, notes); width, depth, batch and context are
