@@ -54,6 +54,7 @@ from sample import generate_stream
 # ---- settings, by command ----------------------------------------------------------------------
 SHARED = {
     "n_kv_head": 0,  # 0: as many as n_head
+    "neighbours": 3,
     "device": "auto",
     "dtype": "auto",
     "json": False,  # one JSON object instead of the table
@@ -84,6 +85,7 @@ TRAIN = SHARED | {
     "tokens_per_step": 16 * 256,  # the same at every length: a batch is tokens_per_step / N
     "batch": 0,  # sequences at every length instead, so that memory is seen to grow with N
     "optimizer": "muon",
+    "copies": 1,  # noisy copies of each sequence; the plain step always has one
     "repeats": 5,
     "plain": True,  # also the plain two-stream step: O(N^2) memory, slow at large N
     "memory": True,  # peak memory; on a CPU each in a fresh process
@@ -117,7 +119,8 @@ GPU = SHARED | {
 
 def make_model(s, objective, block_size, context):
     """A model of the settings' shape with random weights, ready to decode."""
-    shape = {k: getattr(s, k) for k in ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size")}
+    names = ("n_layer", "n_head", "n_kv_head", "n_embd", "vocab_size", "neighbours")
+    shape = {k: getattr(s, k) for k in names}
     config = CascadeConfig(
         **shape, seq_len=context, block_size=block_size, objective=objective
     )
@@ -294,7 +297,8 @@ class PlainLoss(nn.Module):
     def forward(self, num_blocks, x0, xt, weight, _index):
         model, N = self.model, x0.shape[1]
         rope = model.cos[:N], model.sin[:N]
-        h = model.embed(torch.stack([x0, xt]))  # (2, B, N, C)
+        past = torch.nn.functional.pad(x0, (model.config.neighbours, 0), value=model.config.mask_id)
+        h = model.embedded(torch.stack([x0, xt]), past)  # (2, B, N, C)
         for block in model.blocks:
             h = block(h, rope, self.attend)
         return masked_diffusion_loss(model.logits(h[1]), x0, weight, num_blocks)
@@ -307,7 +311,8 @@ def plain_flops(model, batch):
     kv = 2 * c.n_embd * c.n_kv_head * c.head_dim
     layer = 2 * c.n_embd**2 + kv + 3 * c.n_embd * c.n_hidden
     tokens, entries = batch * c.seq_len, batch * (2 * c.seq_len) ** 2
-    weights = 2 * tokens * c.n_layer * layer + tokens * c.n_embd * c.vocab_size
+    mix = model.near.mix.weight.numel() if model.near else 0
+    weights = 2 * tokens * (c.n_layer * layer + mix) + tokens * c.n_embd * c.vocab_size
     return 6 * weights + c.n_layer * 12 * entries * c.n_embd
 
 
@@ -332,13 +337,16 @@ def make_run(s, folder, kind, N, S, **settings):
     """
     gpt = kind == "gpt"
     names = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden", "tie_embeddings", "optimizer",
-             "device", "dtype", "attention")
+             "neighbours", "copies", "device", "dtype", "attention")
     settings = {
         **train.DEFAULTS, **{k: getattr(s, k) for k in names}, "compile": str(s.compile).lower(),
         "objective": "ar" if gpt else "diffusion", "block_size": 1 if gpt else S, "seq_len": N,
         "batch_size": sequences(s, N), "max_steps": 10**9, "max_minutes": 0.0,
-        "dataset": str(folder), "out_dir": f"{folder}/{kind}", "overwrite": True, **settings,
+        "dataset": str(folder), "out_dir": f"{folder}/{kind}", "overwrite": True, "noise": "balanced",  # as many masks in every step
+        **settings,
     }
+    if kind == "plain":
+        settings["copies"] = 1
     with contextlib.redirect_stdout(io.StringIO()):
         run = train.Run(SimpleNamespace(**settings), Processes())
     if kind == "plain":
@@ -553,8 +561,11 @@ def train_row(s, N, S):
         taken = interleave(s, work)
         peaks = {k: peak_memory(s, r, k, N, S) if s.memory else None for k, r in runs.items()}
         profiles = {k: where_time_goes(s, r) for k, r in runs.items() if s.profile}
-        masked = batch * N * (S + 1) // (2 * S)
-        flops = {kind: runs[kind].model.train_flops(batch, masked) for kind in ("ours", "gpt")}
+        copies = runs["ours"].copies
+        masked = copies * batch * N * (S + 1) // (2 * S)
+        flops = {
+            kind: runs[kind].model.train_flops(batch, masked, copies) for kind in ("ours", "gpt")
+        }
         if s.plain:
             flops["plain"] = plain_flops(runs["plain"].model, batch)
         for holder in (runs, work):
@@ -676,7 +687,7 @@ def gpu_parity(s):
         if on_cuda(s):
             fresh_compiler(s)
             flex = torch.compile(flex_two_stream_attention, dynamic=False)
-            mask = flex_block_mask(N, S, noisy_only, s.device)
+            mask = flex_block_mask(N, S, 1, noisy_only, s.device)
             paths["flex"] = lambda q, k, v, f=flex, m=mask: f(q, k, v, m)
         for name, path in paths.items():
             errors = attention_errors(path, dtype, N, S, 64, s.device, noisy_only)

@@ -10,15 +10,22 @@ Divided by S, per token: the mean cross-entropy over the masked places, averaged
 With every token masked independently at rate m ~ U(0, 1] and the weight 1/m it is the same
 number: both average over the same orders of revealing the block (the tests enumerate both).
 
-Why `balanced` noise is the default (weights are per masked token, for the per-token loss):
+Four laws for the noise (weights are per masked token, for the per-token loss):
 
-    law        draws                                            weight     masked tokens in a batch
-    balanced   every k in 1..S equally often, exactly k masked  1 / k      constant
-    uniform    m ~ U[m_min, 1], each token masked at rate m     1 / (m S)  random, some blocks empty
-    clipped    m ~ U[low, high], else as uniform                1 / (m S)  the same; not a bound
+    law        draws                                            weight         masked in a batch
+    balanced   every k in 1..S equally often, exactly k masked  1 / k          constant
+    tilted     k with P(k) ~ 1 / sqrt(k), exactly k masked      1 / (k S P(k)) nearly constant
+    uniform    m ~ U[m_min, 1], each token masked at rate m     1 / (m S)      some blocks empty
+    clipped    m ~ U[low, high], else as uniform                1 / (m S)      not the bound
 
-`balanced` is constant over any batch whose blocks are a multiple of S. `uniform` leaves out rates
-below m_min, a share m_min of the average, so it is the bound but for about that share.
+`balanced` measures: it is constant over any batch whose blocks are a multiple of S, and evaluation
+uses nothing else. `tilted` trains: a block with few masks says little about its mean, so it is
+drawn more often and counts less; the loss is the same in expectation, its gradient less noisy.
+`uniform` leaves out rates below m_min, a share m_min of the average.
+
+Two copies of a block (copies=2) are antithetic: where the first draws u, the second draws 1 - u,
+and it masks from the other end of the same random order. Under `balanced` k and S + 1 - k places
+are masked, so that every token is asked for, one of them twice.
 
 Everything here is a pure function of its arguments and of an explicit CPU generator, so that
 noise can depend on (seed, step) alone and never on the device or the number of processes.
@@ -30,7 +37,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-NOISE_LAWS = ("balanced", "uniform", "clipped")
+COUNTED = ("balanced", "tilted")  # laws that draw how many tokens are masked, and not a rate
+NOISE_LAWS = (*COUNTED, "uniform", "clipped")
 WEIGHTINGS = ("elbo", "cascade")
 
 
@@ -41,8 +49,10 @@ class Noisy(NamedTuple):
     mask    (B, N) bool     positions that carry loss: masked, and in a target block
     weight  (B, N) float32  weight of each position's cross-entropy, 0 where mask is False;
                             sum(weight * nll) / number of target blocks is the loss in nats/token
-    m       (B, T) float64  mask rate of each target block (k / S under `balanced`)
+    m       (B, T) float64  mask rate of each target block (k / S of a counted law)
     block   (B, T) int64    index of each target block
+
+    With copies=2 the first four have a dimension of 2 in front, and there are 2 B T target blocks.
     """
 
     xt: torch.Tensor
@@ -79,26 +89,44 @@ def strata(groups, n, generator):
     return (order + jitter) / n
 
 
-def balanced_counts(batch, nb, block_size, generator):
-    """(batch, nb) int64 counts k of masked tokens, marginally uniform on 1..S.
+def block_strata(batch, nb, block_size, generator):
+    """(batch, nb) float64, one u ~ U[0, 1) for each block, stratified.
 
     Strata span the smallest group of sequences whose blocks are a multiple of S, so within each
-    whole group every k occurs equally often, and the group's masked tokens are a constant
-    nb * group * (S + 1) / 2. Sequences left over are stratified among themselves.
+    whole group the counts floor(u S) + 1 of `balanced` take every value equally often. Sequences
+    left over are stratified among themselves.
     """
     group = block_size // gcd(block_size, nb)
     whole, rest = divmod(batch, group)
     u = strata(whole, group * nb, generator).reshape(whole * group, nb)
     if rest:
         u = torch.cat([u, strata(1, rest * nb, generator).reshape(rest, nb)])
-    # the clamp guards the one rounding that could lift (n - 1 + jitter) / n to 1
-    return (u * block_size).long().clamp_(max=block_size - 1) + 1
+    return u
 
 
-def choose_k_of_S(k, block_size, generator):
-    """(..., S) bool with exactly k[...] True, each such set equally likely."""
-    score = torch.rand(*k.shape, block_size, generator=generator)
-    return score.argsort(dim=-1).argsort(dim=-1) < k.unsqueeze(-1)
+def count_probabilities(law, block_size):
+    """(S,) float64: P(k) for k = 1..S under a counted law."""
+    k = torch.arange(1, block_size + 1, dtype=torch.float64)
+    p = k.rsqrt() if law == "tilted" else torch.ones_like(k)
+    return p / p.sum()
+
+
+def mean_rate(law, block_size, m_min=1e-3, clip=(0.3, 0.8)):
+    """Share of the tokens that a law masks, in expectation."""
+    if law in COUNTED:
+        k = torch.arange(1, block_size + 1)
+        return (count_probabilities(law, block_size) @ k.double()).item() / block_size
+    low, high = clip if law == "clipped" else (m_min, 1.0)
+    return (low + high) / 2
+
+
+def counts(u, law, block_size):
+    """int64 counts k in 1..S, the quantiles at u in [0, 1] of P(k)."""
+    if law == "balanced":
+        below = (u * block_size).long()
+    else:
+        below = torch.searchsorted(count_probabilities(law, block_size).cumsum(0), u, right=True)
+    return below.clamp_(max=block_size - 1) + 1  # u may be 1, or rounded up to the end
 
 
 def bernoulli_nonempty(m, block_size, generator):
@@ -118,11 +146,13 @@ def bernoulli_nonempty(m, block_size, generator):
 
 def _block_weights(mask, m, law, weighting):
     """(..., S) float32 weights from the masked places (..., S) and rates (...) of blocks."""
-    k = mask.sum(dim=-1).clamp(min=1)  # an empty Bernoulli block has no place to put a weight
+    S, k = mask.shape[-1], mask.sum(dim=-1).clamp(min=1)  # an empty block has no place for a weight
     if weighting == "cascade":
         scale = 1.0 / (m * k)
     else:
-        scale = 1.0 / k if law == "balanced" else 1.0 / (m * mask.shape[-1])
+        scale = 1.0 / k if law in COUNTED else 1.0 / (m * S)
+    if law == "tilted":
+        scale = scale / (S * count_probabilities(law, S)[k - 1])
     return (mask * scale.unsqueeze(-1)).float()
 
 
@@ -139,29 +169,39 @@ def _check(x0, block_size, law, weighting, m_min, clip):
 
 def corrupt_all_blocks(
     x0, block_size, mask_id, generator, law="balanced", m_min=1e-3, clip=(0.3, 0.8),
-    weighting="elbo",
+    weighting="elbo", copies=1,
 ):
     """Mask every block of every sequence: the noisy stream of two-stream training.
 
-    x0: (B, N) int64 clean tokens on the CPU. Returns `Noisy` with T = nb target blocks.
+    x0: (B, N) int64 clean tokens on the CPU. Returns `Noisy` with T = nb target blocks. copies=2
+    makes an antithetic pair of noisy streams, for one clean stream to serve both.
     m is one value per block and example. Under `uniform` and `clipped` a block may stay unmasked
     and then rightly adds nothing to the loss: masking one by force would bias the bound.
     Raises ValueError for an unknown law or weighting, rates outside (0, 1] or N % S != 0.
     """
     nb, low, high = _check(x0, block_size, law, weighting, m_min, clip)
-    B = x0.shape[0]
-    if law == "balanced":
-        k = balanced_counts(B, nb, block_size, generator)
-        m = k.double() / block_size
-        mask = choose_k_of_S(k, block_size, generator)
+    if copies not in (1, 2):
+        raise ValueError(f"copies must be 1 or 2, not {copies}")
+    B, S = x0.shape[0], block_size
+    if law in COUNTED:  # place: a random order of the tokens of a block, the first k are masked
+        u = block_strata(B, nb, S, generator)
+        place = torch.rand(B, nb, S, generator=generator).argsort(dim=-1).argsort(dim=-1)
+        last = S - 1
+    else:  # place: uniform in [0, 1), those below m are masked
+        u = strata(1, B * nb, generator).reshape(B, nb)
+        place, last = torch.rand(B, nb, S, generator=generator, dtype=torch.float64), 1
+    if copies == 2:
+        u, place = torch.stack([u, 1 - u]), torch.stack([place, last - place])
+    if law in COUNTED:
+        k = counts(u, law, S)
+        m, mask = k.double() / S, place < k.unsqueeze(-1)
     else:
-        m = low + (high - low) * strata(1, B * nb, generator).reshape(B, nb)
-        draw = torch.rand(B, nb, block_size, generator=generator, dtype=torch.float64)
-        mask = draw < m.unsqueeze(-1)
-    weight = _block_weights(mask, m, law, weighting).reshape(x0.shape)
-    mask = mask.reshape(x0.shape)
+        m = low + (high - low) * u
+        mask = place < m.unsqueeze(-1)
+    weight = _block_weights(mask, m, law, weighting).flatten(-2)
+    mask = mask.flatten(-2)
     block = torch.arange(nb).expand(B, nb)
-    return Noisy(x0.masked_fill(mask, mask_id), mask, weight, m, block)
+    return Noisy(x0.expand_as(mask).masked_fill(mask, mask_id), mask, weight, m, block)
 
 
 def corrupt_target_block(
@@ -189,15 +229,16 @@ def corrupt_target_block(
         block = torch.randint(nb, (B,), generator=generator)
     elif block.shape != (B,) or bool(((block < 0) | (block >= nb)).any()):
         raise ValueError(f"block must hold {B} indices in 0..{nb - 1}")
-    if law == "balanced":
-        k = balanced_counts(B, 1, block_size, generator)[:, 0]
+    if law in COUNTED:
+        k = counts(block_strata(B, 1, block_size, generator)[:, 0], law, block_size)
         m = k.double() / block_size
-        inside = choose_k_of_S(k, block_size, generator)
+        score = torch.rand(B, block_size, generator=generator)
+        inside = score.argsort(dim=-1).argsort(dim=-1) < k.unsqueeze(-1)
     else:
         m = low + (high - low) * strata(1, B, generator)[0]
         inside = bernoulli_nonempty(m, block_size, generator)
     scale = _block_weights(inside, m, law, weighting)
-    if law != "balanced" and weighting == "elbo":
+    if law not in COUNTED and weighting == "elbo":
         scale *= -torch.expm1(block_size * torch.log1p(-m)).float().unsqueeze(-1)
 
     column = torch.arange(nb)

@@ -64,6 +64,7 @@ class CascadeConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     qk_norm: bool = True
+    neighbours: int = 0  # on either side, that join a token's embedding (class Neighbours)
     objective: str = "diffusion"  # or "ar": the same network as a next-token GPT
 
     def __post_init__(self):
@@ -81,6 +82,8 @@ class CascadeConfig:
             )
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}")
+        if self.neighbours < 0:
+            raise ValueError(f"neighbours must be 0 or more, not {self.neighbours}")
         if self.objective not in ("diffusion", "ar"):
             raise ValueError(f"objective must be diffusion or ar, not {self.objective!r}")
         if self.objective == "ar" and self.block_size != 1:
@@ -107,13 +110,14 @@ def build_block_causal_mask(seq_len, block_size, device="cpu"):
 
 
 @lru_cache(maxsize=32)
-def build_two_stream_mask(seq_len, block_size, device="cpu"):
-    """(2N, 2N) bool, True where visible: the picture above. Used on small chunks and in tests."""
+def build_two_stream_mask(seq_len, block_size, device="cpu", copies=1):
+    """((1 + copies) N, the same) bool, True where visible: the picture above, with one row and one
+    column of squares for each noisy copy. Used on small chunks and in tests."""
     clean = build_block_causal_mask(seq_len, block_size, device)
     same = clean & clean.T
-    top = torch.cat([clean, torch.zeros_like(clean)], dim=1)
-    bottom = torch.cat([clean & ~same, same], dim=1)
-    return torch.cat([top, bottom])
+    mask = torch.block_diag(*[same] * (1 + copies))
+    mask[:, :seq_len] |= (clean & ~same).repeat(1 + copies, 1)
+    return mask
 
 
 def _sdpa(q, k, v, mask=None, causal=False):
@@ -134,35 +138,36 @@ def block_causal_attention(q, k, v, block_size):
 
 
 @lru_cache(maxsize=128)
-def _chunk_bias(before, length, block_size, noisy_only, device, dtype):
-    """(queries, before + 2 length) additive mask of one chunk; `before` keys are seen by all."""
-    mask = build_two_stream_mask(length, block_size, device)
+def _chunk_bias(before, length, block_size, copies, noisy_only, device, dtype):
+    """(queries, before + (1 + copies) length) additive mask of one chunk; all see `before` keys."""
+    mask = build_two_stream_mask(length, block_size, device, copies)
     mask = mask[length:] if noisy_only else mask
     bias = torch.zeros(mask.shape, device=device, dtype=dtype).masked_fill_(~mask, -math.inf)
     return F.pad(bias, (before, 0))
 
 
 def chunked_two_stream_attention(q, k, v, block_size, chunk=64):
-    """Two streams, exact, on any device: work and memory follow the visible entries.
+    """Clean and noisy streams, exact, on any device: work and memory follow the visible entries.
 
     The queries of a chunk of blocks, clean and noisy together, meet the clean keys up to the
     chunk's end and the chunk's own noisy keys, so no (2N, 2N) mask or score matrix exists.
-    q (1 or 2, B, H, N, D): [clean, noisy], or [noisy] alone; k, v (2, B, Hkv, N, D).
-    Returns the shape of q. About `chunk` tokens make a chunk, always whole blocks.
+    k, v (1 + copies, B, Hkv, N, D): clean, then each noisy copy; q (the same, B, H, N, D), or
+    without the clean stream. Returns the shape of q. A chunk: about `chunk` tokens, whole blocks.
     """
     step = block_size * max(1, chunk // block_size)
     # split, not sliced: the gradient of each slice would be a zero-filled copy of the whole
-    k, noisy_k = (x.split(step, dim=2) for x in k.unbind())
-    v, noisy_v = (x.split(step, dim=2) for x in v.unbind())
+    k, *noisy_k = (x.split(step, dim=2) for x in k.unbind())
+    v, *noisy_v = (x.split(step, dim=2) for x in v.unbind())
     out = []
     for i, queries in enumerate(q.split(step, dim=3)):
-        keys, values = [*k[: i + 1], noisy_k[i]], [*v[: i + 1], noisy_v[i]]
+        keys = [*k[: i + 1], *(copy[i] for copy in noisy_k)]
+        values = [*v[: i + 1], *(copy[i] for copy in noisy_v)]
+        arguments = block_size, len(noisy_k), queries, *keys, *values
         if i < FEW_CHUNKS or not torch.is_grad_enabled():
-            out.append(_attend_chunk(block_size, queries, *keys, *values))
+            out.append(_attend_chunk(*arguments))
         else:
             out.append(checkpoint(
-                _attend_chunk, block_size, queries, *keys, *values, use_reentrant=False,
-                preserve_rng_state=False,
+                _attend_chunk, *arguments, use_reentrant=False, preserve_rng_state=False
             ))
     return torch.cat(out, dim=3)
 
@@ -172,14 +177,14 @@ def chunked_two_stream_attention(q, k, v, block_size, chunk=64):
 FEW_CHUNKS = 32  # 2,048 tokens
 
 
-def _attend_chunk(block_size, queries, *parts):
+def _attend_chunk(block_size, copies, queries, *parts):
     """One chunk's attention: queries (streams, B, H, n, D) against the joined keys and values,
     `parts`: clean keys of the chunks up to this one, its noisy keys, and the same of the values."""
     streams, _, _, length, _ = queries.shape
     half = len(parts) // 2
-    before = sum(part.shape[2] for part in parts[: half - 2])
+    before = sum(part.shape[2] for part in parts[: half - 1 - copies])
     bias = _chunk_bias(
-        before, length, block_size, streams == 1, queries.device, queries.dtype
+        before, length, block_size, copies, streams == copies, queries.device, queries.dtype
     )
     y = _sdpa(
         torch.cat(queries.unbind(), dim=2),
@@ -191,19 +196,17 @@ def _attend_chunk(block_size, queries, *parts):
 
 
 @lru_cache(maxsize=32)
-def flex_block_mask(seq_len, block_size, noisy_only, device):
-    """FlexAttention's block mask of the two streams laid end to end; built once per shape."""
+def flex_block_mask(seq_len, block_size, copies, noisy_only, device):
+    """FlexAttention's block mask of all streams laid end to end; built once per shape."""
 
     def visible(b, h, i, j):
         i = i + seq_len if noisy_only else i
         qb, kb = i % seq_len // block_size, j % seq_len // block_size
-        clean_key = j < seq_len
-        clean_query = clean_key & (kb <= qb)
-        noisy_query = (clean_key & (kb < qb)) | (~clean_key & (kb == qb))
-        return torch.where(i < seq_len, clean_query, noisy_query)
+        return ((j < seq_len) & (kb < qb)) | ((i // seq_len == j // seq_len) & (kb == qb))
 
-    queries = seq_len if noisy_only else 2 * seq_len
-    return create_block_mask(visible, None, None, queries, 2 * seq_len, device=device)
+    keys = (1 + copies) * seq_len
+    queries = keys - seq_len if noisy_only else keys
+    return create_block_mask(visible, None, None, queries, keys, device=device)
 
 
 def flex_two_stream_attention(q, k, v, block_mask):
@@ -211,10 +214,10 @@ def flex_two_stream_attention(q, k, v, block_mask):
 
     Uncompiled it materialises the scores, and on a CPU it has no backward: tests use it so.
     """
-
+    N = q.shape[3]
     q, k, v = (torch.cat(x.unbind(), dim=2) for x in (q, k, v))  # (B, H, streams * N, D)
     y = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
-    return torch.stack(y.split(k.shape[2] // 2, dim=2))
+    return torch.stack(y.split(N, dim=2))
 
 
 class BlockCache:
@@ -234,6 +237,9 @@ class BlockCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.start = torch.zeros(batch, dtype=torch.long, device=device) if start is None else start
         self.length = 0
+        self.mask_id = config.mask_id
+        # (B, neighbours): the last tokens before `length`, [MASK] where there are none
+        self.before = torch.full((batch, config.neighbours), config.mask_id, device=device)
         self.graphs = None  # CudaGraphs, to replay passes and not launch each of their kernels
         self.hidden = None  # (B, 1, 1, capacity) additive mask of the slots before a row's start
         if bool((self.start > 0).any()):
@@ -248,6 +254,18 @@ class BlockCache:
         """(B, count) true positions of the next `count` slots; 0 in the padding before a row."""
         slots = torch.arange(self.length, self.length + count, device=self.start.device)
         return (slots - self.start[:, None]).clamp_(min=0)
+
+    def behind(self, tokens):
+        """(B, neighbours + Q): the last tokens of the cache and, behind them, `tokens` (B, Q)."""
+        past = torch.cat([self.before, tokens], dim=1)
+        first = self.length - self.before.shape[1]
+        slots = torch.arange(first, first + past.shape[1], device=past.device)
+        return past.masked_fill(slots < self.start[:, None], self.mask_id)
+
+    def commit(self, past, count):
+        """Move `length` behind the first `count` of the tokens of `past` = behind(tokens)."""
+        self.before.copy_(past[:, count : count + self.before.shape[1]])
+        self.length += count
 
     def attend(self, layer, q, k, v, commit, block_size):
         """Attention of `commit` finished tokens and, behind them, one noisy block.
@@ -284,12 +302,12 @@ class CudaGraphs:
         self.model, self.cache, self.recorded = model, cache, {}
         self.length = torch.zeros((), dtype=torch.long, device=cache.k.device)
 
-    def __call__(self, tokens):
+    def __call__(self, past):
         self.length.fill_(self.cache.length)
-        if tokens.shape[1] not in self.recorded:
-            self.recorded[tokens.shape[1]] = self.record(tokens.clone())
-        graph, inputs, logits = self.recorded[tokens.shape[1]]
-        inputs.copy_(tokens)
+        if past.shape[1] not in self.recorded:
+            self.recorded[past.shape[1]] = self.record(past.clone())
+        graph, inputs, logits = self.recorded[past.shape[1]]
+        inputs.copy_(past)
         graph.replay()
         return logits.clone()  # the next replay writes to the same memory
 
@@ -434,6 +452,45 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
+@lru_cache(maxsize=128)
+def neighbour_index(n, w, block_size, device="cpu"):
+    """(n, offsets) int64: where the neighbours of n tokens, whole blocks, are found in the row
+    [past (w + n), own (n), MASK (1)], at the offsets -w..-1 and 1..w that are seen from anywhere."""
+    place = torch.arange(n, device=device)[:, None]
+    d = torch.tensor([*range(-w, 0), *range(1, min(w, block_size - 1) + 1)], device=device)
+    inside = (place + d).div(block_size, rounding_mode="floor") == place // block_size
+    other = torch.where(d < 0, w + place + d, w + 2 * n)  # to the left what is past, or [MASK]
+    return torch.where(inside, w + n + place + d, other)
+
+
+class Neighbours(nn.Module):
+    """What joins the embedding of token i: mix [e(i-w), ..., e(i-1), e(i+1), ..., e(i+w)].
+
+    e are embeddings of their own, a quarter as wide. A neighbour that i may not see or that does
+    not exist counts as [MASK]; to the right of i's block that is every one. So pairs and triples
+    of tokens, which a small model otherwise learns to look up by attention, are there at once.
+    The window is that of the neural language model of Bengio et al. (JMLR 3, 2003).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.w, self.S, self.mask_id = config.neighbours, config.block_size, config.mask_id
+        width, offsets = max(1, config.n_embd // 4), self.w + min(self.w, self.S - 1)
+        self.embed = nn.Embedding(config.vocab_size + 1, width)
+        self.mix = nn.Linear(offsets * width, config.n_embd, bias=False)
+
+    def forward(self, tokens, past):
+        """tokens (..., n), whole blocks -> (..., n, C).
+
+        past (..., w + n): the tokens from w before the first on, as later blocks see them.
+        """
+        n = tokens.shape[-1]
+        row = torch.cat([past.expand(*tokens.shape[:-1], -1), tokens], dim=-1)
+        row = F.pad(row, (0, 1), value=self.mask_id)
+        seen = row[..., neighbour_index(n, self.w, self.S, tokens.device)]  # (..., n, offsets)
+        return self.mix(self.embed(seen).flatten(-2))
+
+
 class CascadeBlock(nn.Module):
     """One layer (a transformer block; diffusion blocks are runs of S tokens)."""
 
@@ -452,7 +509,7 @@ class CascadeBlock(nn.Module):
         """
         y = self.attn(self.attn_norm(x), rope, attend, noisy_only=index is not None)
         if index is not None:
-            x, y = x[1].flatten(0, 1)[index], y.flatten(0, 2)[index]
+            x, y = x[1:].flatten(0, 2)[index], y.flatten(0, 2)[index]
         x = x + self.attn.o(y)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -470,6 +527,7 @@ class CascadeLM(nn.Module):
         self.config = config
         self.attention = attention
         self.embed = nn.Embedding(config.vocab_size + 1, config.n_embd)  # the last row is [MASK]
+        self.near = Neighbours(config) if config.neighbours else None
         self.blocks = nn.ModuleList(CascadeBlock(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         if not config.tie_embeddings:
@@ -483,6 +541,10 @@ class CascadeLM(nn.Module):
         """What gets what. Draws come from torch's default generator: seed it for repeatability.
 
         embed                  N(0, 0.02^2), every row, [MASK] too
+        near.embed             N(0, 1): unlike codes from the start, for mix to tell apart
+        near.mix               U(-a, a) with a = 0.02 sqrt(3 / fan_in): what it adds is as large as
+                               the embedding. Not 0: near.embed would have no gradient at first,
+                               and an optimizer that divides by its size follows rounding errors
         q, k, v, gate, up      U(-a, a) with a = sqrt(3 / fan_in) / 2: half of unit gain
         o, down                0: every layer starts as the identity
         head                   0 (untied): the first loss is log V whatever the width
@@ -491,9 +553,9 @@ class CascadeLM(nn.Module):
         for name, p in self.named_parameters():
             leaf = name.split(".")[-2]
             if leaf == "embed":
-                nn.init.normal_(p, std=0.02)
-            elif leaf in ("q", "k", "v", "gate", "up"):
-                a = 0.5 * math.sqrt(3 / p.shape[1])
+                nn.init.normal_(p, std=1.0 if name.startswith("near") else 0.02)
+            elif leaf in ("q", "k", "v", "gate", "up", "mix"):
+                a = (0.02 if leaf == "mix" else 0.5) * math.sqrt(3 / p.shape[1])
                 nn.init.uniform_(p, -a, a)
             elif leaf in ("o", "down", "head"):
                 nn.init.zeros_(p)
@@ -505,6 +567,11 @@ class CascadeLM(nn.Module):
     def head_weight(self):
         """(V, C), a row for each real token: [MASK] has none."""
         return self.embed.weight[:-1] if self.config.tie_embeddings else self.head.weight
+
+    def embedded(self, tokens, past):
+        """(..., n, C) of tokens (..., n); past (..., neighbours + n), see Neighbours."""
+        h = self.embed(tokens)
+        return h if self.near is None else h + self.near(tokens, past)
 
     def logits(self, h):
         """Final norm and head: (..., C) -> (..., V) float32, whatever the autocast."""
@@ -526,7 +593,8 @@ class CascadeLM(nn.Module):
         self.check_tokens(tokens)
         N, S = tokens.shape[1], self.config.block_size
         rope = self.cos[:N], self.sin[:N]
-        h = self.embed(tokens)
+        past = F.pad(tokens, (self.config.neighbours, 0), value=self.config.mask_id)
+        h = self.embedded(tokens, past)
         for block in self.blocks:
             h = block(h, rope, lambda q, k, v: block_causal_attention(q, k, v, S))
         return h
@@ -534,8 +602,8 @@ class CascadeLM(nn.Module):
     def masked_logits(self, x0, xt, index):
         """Two-stream pass: logits (M, V) of the noisy stream at flat positions `index` (M,).
 
-        x0, xt (B, N) int64. Equal to a pass over [clean blocks before b, noisy block b] for each
-        block b, for all blocks at once.
+        x0 (B, N), xt (B, N) or (copies, B, N) int64. Equal to a pass over [clean blocks before b,
+        noisy block b] for each block b of each copy, for all of them at once.
         """
         return self.logits(self.masked_hidden(x0, xt, index))
 
@@ -544,17 +612,21 @@ class CascadeLM(nn.Module):
         self.check_tokens(x0)
         N = x0.shape[1]
         rope = self.cos[:N], self.sin[:N]
-        h = self.embed(torch.stack([x0, xt]))  # (2, B, N, C)
+        tokens = torch.cat([x0[None], xt.view(-1, *x0.shape)])  # (1 + copies, B, N)
+        past = F.pad(x0, (self.config.neighbours, 0), value=self.config.mask_id)
+        h = self.embedded(tokens, past)  # (1 + copies, B, N, C)
         for block in self.blocks[:-1]:
-            h = block(h, rope, self.two_stream_attend(N, noisy_only=False))
-        return self.blocks[-1](h, rope, self.two_stream_attend(N, True), index)
+            h = block(h, rope, self.two_stream_attend(tokens, noisy_only=False))
+        return self.blocks[-1](h, rope, self.two_stream_attend(tokens, True), index)
 
-    def two_stream_attend(self, N, noisy_only):
-        """The attention of one two-stream layer, `attend(q, k, v)`, by the path in use."""
+    def two_stream_attend(self, tokens, noisy_only):
+        """The attention of one layer over the streams `tokens`, `attend(q, k, v)`, by the path in
+        use."""
         S = self.config.block_size
         if self.attention == "chunk":
             return lambda q, k, v: chunked_two_stream_attention(q, k, v, S)
-        mask = flex_block_mask(N, S, noisy_only, str(self.cos.device))
+        streams, _, N = tokens.shape
+        mask = flex_block_mask(N, S, streams - 1, noisy_only, str(self.cos.device))
         return lambda q, k, v: flex_two_stream_attention(q, k, v, mask)
 
     def ar_logits(self, x0):
@@ -573,15 +645,16 @@ class CascadeLM(nn.Module):
     def loss(self, num_blocks, x0, xt=None, weight=None, index=None):
         """The training loss in nats per token, of masked tokens or, without `xt`, of all of x0.
 
-        x0, xt (B, N) int64; weight (B, N) float32; index (M,), the flat positions that carry loss;
-        `num_blocks`: blocks (objective "ar": tokens) of the global batch, the normaliser.
+        x0 (B, N), xt (B, N) or (copies, B, N) int64; weight, as xt, float32; index (M,), the flat
+        positions in xt that carry loss; `num_blocks`: noisy blocks (objective "ar": tokens) of the
+        global batch, the normaliser.
         """
         if xt is None:
             h, targets = self.ar_hidden(x0).flatten(0, 1), x0.flatten()
             weight = torch.ones_like(targets, dtype=torch.float32)
         else:
             h = self.masked_hidden(x0, xt, index)
-            targets, weight = x0.flatten()[index], weight.flatten()[index]
+            targets, weight = x0.expand_as(xt).flatten()[index], weight.flatten()[index]
         return head_loss(self.norm(h), self.head_weight(), targets, weight, num_blocks)
 
     @torch.no_grad()
@@ -599,33 +672,36 @@ class CascadeLM(nn.Module):
             raise ValueError(f"the cache holds {cache.capacity} tokens, not {cache.length + Q}")
         if c.objective == "diffusion" and bool((tokens[:, :commit] == c.mask_id).any()):
             raise ValueError("a block with masked tokens is not finished: it cannot be cached")
+        past = cache.behind(tokens)
         if cache.graphs is not None and Q <= 2 * c.block_size:
-            logits = cache.graphs(tokens)
+            logits = cache.graphs(past)
         else:
             positions = cache.positions(Q)
             logits = self._cached_pass(
-                tokens, positions, lambda *qkv: cache.attend(*qkv, commit, c.block_size)
+                past, positions, lambda *qkv: cache.attend(*qkv, commit, c.block_size)
             )
-        cache.length += commit
+        cache.commit(past, commit)
         return logits
 
-    def _cached_pass(self, tokens, positions, attend):
-        """Logits of the last block; attend(layer, q, k, v) reads and writes the cache."""
+    def _cached_pass(self, past, positions, attend):
+        """Logits of the last block of past = cache.behind(tokens), tokens at `positions` (B, Q);
+        attend(layer, q, k, v) reads and writes the cache."""
         rope = self.cos[positions], self.sin[positions]  # (B, Q, 1, D / 2)
-        h = self.embed(tokens)
+        h = self.embedded(past[:, self.config.neighbours :], past)
         for layer, block in enumerate(self.blocks):
             h = block(h, rope, lambda q, k, v, i=layer: attend(i, q, k, v))
         return self.logits(h[:, -self.config.block_size :])
 
     @torch.no_grad()
-    def static_pass(self, tokens, cache, length):
+    def static_pass(self, past, cache, length):
         """A pass of `decode` whose shapes and work depend on no number on the host.
 
-        length: int64 tensor (), the cache's. Every pass reads the whole cache, hidden where it
-        must not be seen, which is the price of replaying one recording for every position.
+        past: cache.behind(tokens). length: int64 tensor (), the cache's. Every pass reads the whole
+        cache, hidden where it must not be seen, which is the price of replaying one recording for
+        every position.
         """
-        S, where = self.config.block_size, tokens.device
-        place = torch.arange(tokens.shape[1], device=where)
+        S, where = self.config.block_size, past.device
+        place = torch.arange(past.shape[1] - self.config.neighbours, device=where)
         slots, seen = length + place, torch.arange(cache.capacity, device=where)
         visible = seen < (length + (place // S + 1) * S)[:, None]  # to the end of its own block
         visible = visible & (seen >= cache.start[:, None, None])  # (B, Q, capacity)
@@ -639,28 +715,30 @@ class CascadeLM(nn.Module):
             return _sdpa(q.to(keys.dtype), keys, values, bias)
 
         positions = (slots - cache.start[:, None]).clamp(min=0)
-        return self._cached_pass(tokens, positions, attend)
+        return self._cached_pass(past, positions, attend)
 
     def count_parameters(self):
         return sum(p.numel() for p in self.parameters())
 
-    def train_flops(self, batch, masked):
+    def train_flops(self, batch, masked, copies=1):
         """Matrix FLOPs of one training step (forward and backward) on `batch` sequences.
 
         A product with P weights costs 2 P per token forward and 4 P backward: 6 P. Attention over
         E visible entries costs 2 * 2 E D per head forward, three times that in all: 12 E H D.
-        Two streams: both, but for the last layer, where the clean one computes keys and values
-        alone and the `masked` tokens alone pass through o, the MLP and the head.
+        Diffusion: the clean stream and its noisy copies, but for the last layer, where the clean
+        one computes keys and values alone and the `masked` tokens, of all copies together, alone
+        pass through o, the MLP and the head.
         """
         c = self.config
         N, C = c.seq_len, c.n_embd
         kv = 2 * C * c.n_kv_head * c.head_dim
         q, tail = C * C, C * C + 3 * C * c.n_hidden
         head, tokens = C * c.vocab_size, batch * N
+        mix = self.near.mix.weight.numel() if self.near else 0
         if c.objective == "ar":
-            entries = batch * N * (N + 1) // 2
-            return 6 * tokens * (c.n_layer * (q + kv + tail) + head) + c.n_layer * 12 * entries * C
-        entries = batch * N * (N + c.block_size)  # both streams; the clean half is half of it
-        weights = 2 * tokens * (c.n_layer - 1) * (q + kv + tail)
-        weights += tokens * (q + 2 * kv) + masked * (tail + head)
-        return 6 * weights + 12 * C * entries * (c.n_layer - 1) + 6 * C * entries
+            entries, weights = batch * N * (N + 1) // 2, c.n_layer * (q + kv + tail) + mix + head
+            return 6 * tokens * weights + c.n_layer * 12 * entries * C
+        entries = batch * N * (N + c.block_size) // 2  # of one stream
+        weights = (1 + copies) * tokens * ((c.n_layer - 1) * (q + kv + tail) + mix)
+        weights += tokens * (copies * q + (1 + copies) * kv) + masked * (tail + head)
+        return 6 * weights + 12 * C * entries * ((1 + copies) * (c.n_layer - 1) + copies)

@@ -159,10 +159,31 @@ def rotate(x, base):
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
+def neighbours(weight, config, tokens):
+    """(B, N, C): what the `config.neighbours` tokens on either side of each add to its embedding.
+
+    The neighbour at j = i + d is seen when j // S <= i // S, as by attention; [MASK] stands for one
+    that is not, or lies outside of the text. Offsets d that are seen from no place are left out.
+    """
+    B, N = tokens.shape
+    w, S, mask_id = config.neighbours, config.block_size, config.vocab_size
+    joined = []
+    for d in range(-w, w + 1):
+        if d == 0 or d >= S:
+            continue
+        column = []
+        for i in range(N):
+            j = i + d
+            seen = 0 <= j < N and j // S <= i // S
+            column.append(tokens[:, j] if seen else torch.full((B,), mask_id))
+        joined.append(weight["near.embed.weight"][torch.stack(column, dim=1)])  # (B, N, width)
+    return torch.cat(joined, dim=-1) @ weight["near.mix.weight"].T
+
+
 def reference_logits(state_dict, config, tokens):
     """Logits of one stream: tokens (B, N), real or mask -> float64 (B, N, V) on the CPU.
 
-        x = embed[tokens]
+        x_i = embed[tokens_i] + near.mix [near.embed[tokens_j] of the neighbours j of i in order]
         x = x + o(attention(q, k, v))           q, k, v from  h = rms_norm(x)
         x = x + down(silu(gate(h)) * up(h))     with          h = rms_norm(x)     per layer
         logits = head(rms_norm(x))
@@ -176,6 +197,8 @@ def reference_logits(state_dict, config, tokens):
     D = config.n_embd // H
 
     x = weight["embed.weight"][tokens.cpu()]  # (B, N, C)
+    if config.neighbours:
+        x = x + neighbours(weight, config, tokens.cpu())
     for layer in range(config.n_layer):
         prefix = f"blocks.{layer}."  # "blocks.0.attn.q.weight" becomes w["attn.q"]
         w = {n[len(prefix) : -len(".weight")]: t for n, t in weight.items() if n.startswith(prefix)}

@@ -122,9 +122,9 @@ def noisy_for(net, x0, seed=2):
 
 # the shapes that parity is tested on: odd block size, S = 1, S = N, grouped heads, tied head
 SHAPES = (
-    {"block_size": 3, "n_kv_head": 1, "qk_norm": True},
-    {"block_size": 1, "tie_embeddings": True, "qk_norm": False},
-    {"block_size": 15, "n_kv_head": 2, "qk_norm": False},
+    {"block_size": 3, "n_kv_head": 1, "qk_norm": True, "neighbours": 4},
+    {"block_size": 1, "tie_embeddings": True, "qk_norm": False, "neighbours": 2},
+    {"block_size": 15, "n_kv_head": 2, "qk_norm": False, "neighbours": 3},
     {"block_size": 5, "n_kv_head": 2, "tie_embeddings": True, "qk_norm": True},
 )
 
@@ -163,10 +163,10 @@ def test_two_stream_mask():
         for i, j in itertools.product(range(2 * N), repeat=2):
             assert bool(mask[i, j]) == bool(rule(i, j)), (N, S, i, j)
         assert int(mask.sum()) == N * (N + S), (N, S, int(mask.sum()))
-    flex = cascade.flex_block_mask(12, 3, False, "cpu").mask_mod
+    flex = cascade.flex_block_mask(12, 3, 1, False, "cpu").mask_mod
     i, j = torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij")
     assert bool((flex(0, 0, i, j) == cascade.build_two_stream_mask(12, 3)).all())
-    flex = cascade.flex_block_mask(12, 3, True, "cpu").mask_mod
+    flex = cascade.flex_block_mask(12, 3, 1, True, "cpu").mask_mod
     noisy = cascade.build_two_stream_mask(12, 3)[12:]
     assert bool((flex(0, 0, i[:12], j[:12]) == noisy).all())
     return "as defined, N(N+S) visible; FlexAttention's rule is the same"
@@ -220,17 +220,21 @@ def test_target_block_corruption():
     return within((rate - expected).abs().max().item() / error, 4, "non-empty rate, std errors off")
 
 
+def balanced_counts(batch, nb, S, seed):
+    return corrupt.counts(corrupt.block_strata(batch, nb, S, generator(seed)), "balanced", S)
+
+
 def test_noise_balanced_counts():
     """Every k equally often in each group of sequences, and uniform at every place."""
     for B, nb, S in ((6, 4, 4), (8, 2, 16), (12, 3, 9), (10, 6, 4)):
-        k = corrupt.balanced_counts(B, nb, S, generator(B))
+        k = balanced_counts(B, nb, S, seed=B)
         group = S // math.gcd(S, nb)
         for rows in k[: B // group * group].split(group):
             counts = torch.bincount(rows.flatten(), minlength=S + 1)[1:]
             assert (counts == counts[0]).all(), (B, nb, S, counts)
         assert k.min() >= 1 and k.max() <= S
     # 4000 batches of 5 sequences (a group of 4 and one left over), 3 blocks, S = 4: per place
-    draws = torch.stack([corrupt.balanced_counts(5, 3, 4, generator(i)) for i in range(4000)])
+    draws = torch.stack([balanced_counts(5, 3, 4, i) for i in range(4000)])
     share = torch.stack([(draws == k).double().mean(dim=0) for k in (1, 2, 3, 4)])
     error = math.sqrt(0.25 * 0.75 / 4000)
     return within((share - 0.25).abs().max().item() / error, 4.5, "share of k, std errors off")
@@ -260,23 +264,58 @@ def test_noise_masks():
     """balanced masks exactly k anywhere; Bernoulli laws mask at rate m; weights as tabled."""
     x0 = torch.randint(9, (600, 16), generator=generator(1))
     S = 4
-    for law, clip in (("balanced", None), ("uniform", None), ("clipped", (0.4, 0.6))):
+    laws = (("balanced", None), ("tilted", None), ("uniform", None), ("clipped", (0.4, 0.6)))
+    for law, clip in laws:
         n = corrupt.corrupt_all_blocks(x0, S, 9, generator(2), law=law, clip=clip or (0.3, 0.8))
         assert ((n.xt == 9) == n.mask).all() and (n.xt[~n.mask] == x0[~n.mask]).all()
         k = n.mask.view(600, 4, S).sum(dim=-1)
         weight = n.weight.view(600, 4, S)
+        share = corrupt.mean_rate(law, S, clip=clip or (0.3, 0.8))
+        assert abs(n.mask.double().mean().item() - share) < 0.01, (law, share)
         if law == "balanced":
             assert (k == (n.m * S).round()).all()
             assert (weight.sum(dim=-1) - 1).abs().max() < 1e-6
             place = n.mask.view(-1, S).double().mean(dim=0)
             assert (place - 0.625).abs().max() < 0.04, place
+        elif law == "tilted":
+            share = torch.bincount(k.flatten(), minlength=S + 1)[1:] / k.numel()
+            wanted = torch.tensor([1, 2**-0.5, 3**-0.5, 0.5], dtype=torch.float64)
+            wanted /= wanted.sum()
+            assert (share - wanted).abs().max() < 0.01, share
+            each = 1 / (S * k * wanted[k - 1])
+            assert diff(weight, each[..., None] * n.mask.view(600, 4, S)) < 1e-6
+            assert (weight.sum(dim=-1)[k == 4] == weight.sum(dim=-1).max()).all()
         else:
             expected = (1 / (n.m * S)).float()[..., None] * n.mask.view(600, 4, S)
             assert diff(weight, expected) < 1e-5 * expected.max()
             assert abs((k / S - n.m).mean().item()) < 0.03
         if law == "clipped":
             assert 0.4 <= n.m.min() and n.m.max() <= 0.6
-    return "masks, counts and weights as tabled for three laws"
+    return "masks, counts and weights as tabled for four laws"
+
+
+def test_noise_pairs():
+    """Two copies: k and S + 1 - k masked, every token in one and one token of a block in both; each
+    copy's counts uniform on 1..S, each set of k places as likely as any other."""
+    S, mask_id = 4, 99
+    x0 = torch.arange(32).expand(3000, 32)
+    pair = corrupt.corrupt_all_blocks(x0, S, mask_id, generator(5), copies=2)
+    assert ((pair.xt == mask_id) == pair.mask).all() and (pair.xt[~pair.mask] < 32).all()
+    blocks = pair.mask.view(2, -1, S)
+    k = blocks.sum(dim=-1)
+    assert (k.sum(dim=0) == S + 1).all() and (blocks.sum(dim=0).clamp(max=1) == 1).all()
+    assert torch.equal(pair.m.flatten(1).float(), k / S) and pair.block.shape == (3000, 8)
+    assert (pair.weight.view(2, -1, S) == blocks / k.unsqueeze(-1)).all()
+    code = (blocks * 2 ** torch.arange(S)).sum(dim=-1)  # which set of places
+    worst = 0.0
+    for copy in range(2):
+        assert torch.equal(k[copy].bincount()[1:], torch.full((S,), 6000)), k[copy].bincount()
+        for size in range(1, S + 1):
+            seen = code[copy][k[copy] == size].unique(return_counts=True)[1]
+            assert len(seen) == math.comb(S, size)
+            expected = 6000 / len(seen)
+            worst = max(worst, (((seen - expected) ** 2) / expected).sum().item())
+    return within(worst, 25, "chi2 of at most 5 degrees of freedom")
 
 
 def test_noise_guards():
@@ -318,10 +357,32 @@ def test_attention_equals_oracle():
             noisy = cascade.chunked_two_stream_attention(q[1:], k, v, S, chunk)
             worst = max(worst, diff(both, truth), diff(noisy, truth[1:]))
         for queries, only in ((q, False), (q[1:], True)):
-            mask = cascade.flex_block_mask(N, S, only, "cpu")
+            mask = cascade.flex_block_mask(N, S, 1, only, "cpu")
             with torch.no_grad():
                 y = cascade.flex_two_stream_attention(queries, k, v, mask)
             worst = max(worst, diff(y, truth[2 - len(queries) :]))
+    return within(worst, 1e-6)
+
+
+def test_attention_of_copies():
+    """Noisy copies that share a clean stream: each as if it were alone with it, on every path."""
+    worst = 0.0
+    for N, S, copies in ((24, 4, 2), (15, 3, 3), (8, 1, 2), (6, 6, 2)):
+        q, k, v = torch.randn(3, 1 + copies, 1, 1, N, 8, generator=generator(N)).unbind()
+        truth = torch.empty_like(q, dtype=torch.float64)
+        for copy in range(1, 1 + copies):
+            q2, k2, v2 = (torch.cat([x[0, 0, 0], x[copy, 0, 0]]) for x in (q, k, v))
+            y = reference.reference_attention(q2, k2, v2, reference.two_stream_rule(N, S))
+            truth[0, 0, 0], truth[copy, 0, 0] = y.view(2, N, 8)
+        for chunk in (1, 8, 64):
+            every = cascade.chunked_two_stream_attention(q, k, v, S, chunk)
+            noisy = cascade.chunked_two_stream_attention(q[1:], k, v, S, chunk)
+            worst = max(worst, diff(every, truth), diff(noisy, truth[1:]))
+        for queries, only in ((q, False), (q[1:], True)):
+            mask = cascade.flex_block_mask(N, S, copies, only, "cpu")
+            with torch.no_grad():
+                y = cascade.flex_two_stream_attention(queries, k, v, mask)
+            worst = max(worst, diff(y, truth[int(only) :]))
     return within(worst, 1e-6)
 
 
@@ -457,6 +518,32 @@ def test_all_blocks_equal_target_blocks():
     return within(worst, 2e-6, f"grad {grad:.1g}; logits max|diff|")
 
 
+def test_pairs_equal_two_passes():
+    """One pass over a clean stream and two noisy copies equals two: logits, loss, gradients."""
+    net = tiny_model(seq_len=12, block_size=4, neighbours=3)
+    x0 = tokens_for(net)
+    pair = corrupt.corrupt_all_blocks(
+        x0, 4, net.config.mask_id, generator(2), "tilted", copies=2
+    )
+    index = pair.mask.flatten().nonzero()[:, 0]
+    loss = train.Loss(net)(18, x0, pair.xt, pair.weight, index)
+    loss.backward()
+    want = {name: p.grad.clone() for name, p in net.named_parameters()}
+    net.zero_grad()
+    every = torch.arange(x0.numel())
+    both = net.masked_logits(x0, pair.xt, torch.arange(2 * x0.numel())).view(2, x0.numel(), -1)
+    worst, total = 0.0, 0.0
+    for copy in range(2):
+        worst = max(worst, diff(net.masked_logits(x0, pair.xt[copy], every), both[copy]))
+        alone = pair.mask[copy].flatten().nonzero()[:, 0]
+        part = train.Loss(net)(18, x0, pair.xt[copy], pair.weight[copy], alone)
+        part.backward()
+        total += part.item()
+    grad = max(diff(p.grad, want[name]) for name, p in net.named_parameters())
+    assert abs(total - loss.item()) < 1e-6 and grad < 1e-5, (total - loss.item(), grad)
+    return within(worst, 2e-6, f"grad {grad:.1g}; logits max|diff|")
+
+
 def test_rotary():
     """Position 0 is the identity, only differences of positions matter, the cache goes on at bS."""
     config = cascade.CascadeConfig(n_embd=32, n_head=2, seq_len=64, block_size=4)
@@ -510,7 +597,9 @@ def test_initialisation():
     """The table: the untrained model predicts the uniform distribution, whatever the width."""
     torch.manual_seed(0)
     for tie in (False, True):
-        net = cascade.CascadeLM(cascade.CascadeConfig(tie_embeddings=tie, n_embd=96, n_head=4))
+        net = cascade.CascadeLM(
+            cascade.CascadeConfig(tie_embeddings=tie, n_embd=96, n_head=4, neighbours=3)
+        )
         x0 = torch.randint(65, (4, 256))
         noisy, index = noisy_for(net, x0)
         loss = train.Loss(net)(4 * 16, x0, noisy.xt, noisy.weight, index).item()
@@ -518,7 +607,8 @@ def test_initialisation():
         stds = {n: p.std().item() for n, p in net.named_parameters() if p.ndim == 2}
         for name, std in stds.items():
             leaf = name.split(".")[-2]
-            want = {"embed": 0.02, "o": 0, "down": 0, "head": 0}.get(leaf, 0.5 / math.sqrt(96))
+            want = {"embed": 0.02, "o": 0, "down": 0, "head": 0, "mix": 0.02 / math.sqrt(144)}
+            want = 1.0 if name == "near.embed.weight" else want.get(leaf, 0.5 / math.sqrt(96))
             assert abs(std - want) < 0.05 * want + 1e-9, (name, std, want)
     return f"first loss {loss:.3f}, log V = {math.log(65):.3f}"
 
@@ -598,33 +688,39 @@ def exact_bound(net, x0):
 
 
 def test_bound_noise_laws_agree():
-    """balanced and uniform noise, all blocks or one target block, estimate the same exact bound."""
+    """balanced, tilted and uniform noise, all blocks, pairs or one target block, estimate the same
+    exact bound."""
     net = tiny_model(seq_len=12, block_size=4, vocab_size=5, n_embd=16, n_head=2, std=0.5)
     x0 = tokens_for(net, batch=2)
     counts, rates = exact_bound(net, x0)
     assert abs(counts - rates) < 1e-6, (counts, rates)
     many, draws = x0.repeat(500, 1), {}
-    for name, make, law in (
-        ("balanced", corrupt.corrupt_all_blocks, "balanced"),
-        ("uniform", corrupt.corrupt_all_blocks, "uniform"),
-        ("target balanced", corrupt.corrupt_target_block, "balanced"),
-        ("target uniform", corrupt.corrupt_target_block, "uniform"),
+    for make, law, copies in (
+        (corrupt.corrupt_all_blocks, "balanced", 1),
+        (corrupt.corrupt_all_blocks, "tilted", 1),
+        (corrupt.corrupt_all_blocks, "uniform", 1),
+        (corrupt.corrupt_all_blocks, "tilted", 2),
+        (corrupt.corrupt_all_blocks, "uniform", 2),
+        (corrupt.corrupt_target_block, "balanced", 1),
+        (corrupt.corrupt_target_block, "tilted", 1),
+        (corrupt.corrupt_target_block, "uniform", 1),
     ):
-        losses = []
+        losses, every = [], make is corrupt.corrupt_all_blocks
         for seed in range(12):
-            noisy = make(many, 4, 5, generator(seed), law=law, m_min=1e-6, weighting="elbo")
+            extra = {"copies": copies} if every else {}
+            noisy = make(many, 4, 5, generator(seed), law, 1e-6, weighting="elbo", **extra)
             with torch.no_grad():
-                if make is corrupt.corrupt_all_blocks:
+                if every:
                     index = noisy.mask.flatten().nonzero()[:, 0]
                     logits = net.masked_logits(many, noisy.xt, index)
-                    weight, targets = noisy.weight.flatten()[index], many.flatten()[index]
-                    blocks = many.numel() // 4
+                    targets = many.expand_as(noisy.xt).flatten()[index]
+                    weight, blocks = noisy.weight.flatten()[index], copies * many.numel() // 4
                 else:
                     logits, weight, targets, blocks = net(noisy.xt), noisy.weight, many, len(many)
                 losses.append(corrupt.masked_diffusion_loss(logits, targets, weight, blocks).item())
         mean, error = np.mean(losses), np.std(losses, ddof=1) / math.sqrt(len(losses))
-        draws[name] = abs(mean - counts) / error
-        assert error < 0.02, (name, mean, error)
+        draws[make.__name__, law, copies] = abs(mean - counts) / error
+        assert error < 0.02, (make, law, copies, mean, error)
     worst = max(draws.values())
     return within(worst, 4.5, f"exact {counts:.4f} nats/token in both forms; std errors off")
 
@@ -1127,9 +1223,9 @@ def call_main(script, argv):
 
 # ---- decoding: helpers ---------------------------------------------------------------------------
 
-GQA = {"seq_len": 32, "block_size": 4, "n_kv_head": 2, "qk_norm": True}
+GQA = {"seq_len": 32, "block_size": 4, "n_kv_head": 2, "qk_norm": True, "neighbours": 5}
 MHA = {"seq_len": 32, "block_size": 4, "n_kv_head": 4, "qk_norm": False, "tie_embeddings": True}
-AR = {"seq_len": 32, "block_size": 1, "n_kv_head": 2, "objective": "ar"}
+AR = {"seq_len": 32, "block_size": 1, "n_kv_head": 2, "objective": "ar", "neighbours": 2}
 LIGHT, LIGHT_AR = {**GQA, "n_layer": 1}, {**AR, "n_layer": 1}  # where depth adds nothing
 ON_TIME = ("random", "confidence", "left_to_right")  # rules that promise K passes a block
 RULES = (*ON_TIME, "threshold", "entropy")
@@ -1778,7 +1874,7 @@ CHARS = "\n !,.abcdefghijklmnopqrstuvwxyz\xe9"
 @contextlib.contextmanager
 def checkpoint_folder(chars=CHARS, **shape):
     """(a folder with a random tiny model's best.pt, that model, its tokenizer)."""
-    net = tiny_model(**{**LIGHT, "vocab_size": len(chars), **shape})
+    net = tiny_model(1, **{**LIGHT, "vocab_size": len(chars), **shape})
     tokenizer = CharTokenizer(chars)
     state = {
         "config": asdict(net.config), "settings": {}, "meta": tokenizer.meta(),
@@ -2690,7 +2786,7 @@ def test_eval_noise_error():
     assert 0.7 < ratio < 1.4, f"not 1 / sqrt(draws): {ratio:.2f}"
     assert math.isnan(evaluation.noise_error(torch.ones(1, 8).double(), 2))
     # one block a window, S = 4: groups of 4 windows hold every k once, so their mean has no error
-    k = torch.stack([corrupt.balanced_counts(40, 1, 4, generator(i))[:, 0] for i in (1, 2)])
+    k = torch.stack([balanced_counts(40, 1, 4, i)[:, 0] for i in (1, 2)])
     assert evaluation.noise_error(k.double(), 4) < 1e-9 < evaluation.noise_error(k.double(), 1)
     return within(abs(off[0]), 3, f"2 errors cover {covered:.0%}; std errors off")
 
@@ -2895,11 +2991,11 @@ def test_eval_command():
         assert abs(exact["estimate"] - exact["bound"]) < 4 * exact["estimate_noise"]
         argv = [S4, "--samples=true", f"--judge={folder}/seed2", "--num_samples=3",
                 "--temperature=0", "--sample_tokens=30",
-                "--rows=random:4,confidence:1,threshold:0.3,entropy:1"]
+                "--rows=left_to_right:4,confidence:1,threshold:0.3,entropy:1"]
         rows = eval_json(*argv)["rows"]
         assert evaluation.main(argv) == 0 and f"{rows[2]['judge_nll']:.3f} +- " in out.getvalue()
         assert [r["rule"] for r in rows] == [
-            "held-out text", "random", "confidence", "threshold", "entropy"]
+            "held-out text", "left_to_right", "confidence", "threshold", "entropy"]
         net, _ = checkpoint.load_model(f"{folder}/S4")
         for r, o in zip(rows[1:], ({}, {"steps": 1}, {"tau": 0.3}, {"gamma": 1.0}), strict=True):
             *_, one = sample.generate_stream(net, [[]], 30, rule=r["rule"], temperature=0, **o)

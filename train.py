@@ -29,7 +29,7 @@ from torch import nn
 
 from checkpoint import all_finite, check_out_dir, check_same, load_checkpoint, save_checkpoint
 from configurator import SettingsError, override, public
-from corrupt import NOISE_LAWS, WEIGHTINGS, check_rates, corrupt_all_blocks
+from corrupt import NOISE_LAWS, WEIGHTINGS, check_rates, corrupt_all_blocks, mean_rate
 from dataset import DataError, data_root, load_dataset, ships_with_repository
 from log import Log
 from machine import Processes, choose_machine, peak_flops
@@ -57,8 +57,10 @@ n_embd = 128
 n_hidden = 0  # 0: 8/3 n_embd
 tie_embeddings = False
 qk_norm = True
+neighbours = 3  # tokens on either side that join an embedding
 # the noise
-noise = "balanced"  # or "uniform", "clipped": corrupt.py
+noise = "tilted"  # or "balanced", "uniform", "clipped": corrupt.py
+copies = 2  # noisy copies of a sequence, 1 or 2, that share its clean stream
 weighting = "elbo"  # or "cascade"
 m_min = 1e-3
 clip_low = 0.3
@@ -102,6 +104,11 @@ def step_generator(seed, step):
     return torch.Generator().manual_seed((seed * 1_000_003 + step + 1) % 2**32)
 
 
+def noisy_copies(s):
+    """1 or 2. A block of one token has one noisy copy: a second would be the same."""
+    return s.copies if s.objective == "diffusion" and s.block_size > 1 else 1
+
+
 def micro_batches(s, mask_id, split, step, rank, world):
     """This process's share of step's global batch, cut into micro-batches, on the CPU.
 
@@ -120,12 +127,14 @@ def micro_batches(s, mask_id, split, step, rank, world):
     blank = torch.zeros(s.batch_size, s.seq_len, dtype=torch.long)
     noisy = corrupt_all_blocks(
         blank, s.block_size, mask_id, generator, s.noise, s.m_min, (s.clip_low, s.clip_high),
-        s.weighting,
+        s.weighting, noisy_copies(s),
     )
-    mask, weight = noisy.mask[mine], noisy.weight[mine]
-    xt = x0.masked_fill(mask, mask_id)
-    index = [m.flatten().nonzero()[:, 0] for m in mask.split(size)]
-    return list(zip(x0.split(size), xt.split(size), weight.split(size), index, strict=True))
+    mask, weight = noisy.mask[..., mine, :], noisy.weight[..., mine, :]  # (copies, B, N) or (B, N)
+    xt = x0.expand_as(mask).masked_fill(mask, mask_id)
+    index = [m.flatten().nonzero()[:, 0] for m in mask.split(size, dim=-2)]
+    return list(zip(
+        x0.split(size), xt.split(size, dim=-2), weight.split(size, dim=-2), index, strict=True
+    ))
 
 
 class Prefetch:
@@ -232,7 +241,8 @@ def make_optimizers(model, s):
     """[AdamW] or [AdamW, Muon]. Muon takes the layers' matrices; decay goes to matrices alone."""
     if s.optimizer not in ("muon", "adamw"):
         raise SettingsError(f"--optimizer must be muon or adamw, not {s.optimizer!r}")
-    matrices = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
+    inside = ("blocks.", "near.mix")
+    matrices = [p for n, p in model.named_parameters() if n.startswith(inside) and p.ndim == 2]
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     tables, vectors = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim < 2]
@@ -263,6 +273,8 @@ def check_settings(s, world):
         raise SettingsError(f"--noise must be one of {', '.join(NOISE_LAWS)}, not {s.noise!r}")
     if s.weighting not in WEIGHTINGS:
         raise SettingsError(f"--weighting must be one of {', '.join(WEIGHTINGS)}")
+    if s.copies not in (1, 2):
+        raise SettingsError(f"--copies must be 1 or 2, not {s.copies}")
     check_rates(s.m_min, 1.0)
     check_rates(s.clip_low, s.clip_high)
     if s.init_from not in ("scratch", "resume"):
@@ -305,6 +317,7 @@ class Run:
         check_settings(s, processes.world)
         self.data = load_data(s, processes)
         shape = {f.name: getattr(s, f.name) for f in fields(CascadeConfig) if hasattr(s, f.name)}
+        self.copies = noisy_copies(s)
         self.config = CascadeConfig(vocab_size=self.data.vocab_size, **shape)
         processes.lock = processes.main_first(lambda: check_out_dir(s), s.device)
         torch.manual_seed(s.seed)
@@ -354,7 +367,8 @@ class Run:
         """Whether every micro-batch masks equally many tokens: exact counts in whole strata."""
         s, S = self.s, self.config.block_size
         size = s.micro_batch or s.batch_size // self.processes.world
-        return s.noise == "balanced" and size * (s.seq_len // S) % S == 0
+        whole = self.copies == 2 or size * (s.seq_len // S) % S == 0
+        return s.noise == "balanced" and whole
 
     def progress(self, seconds):
         """How much of the budget is used, in [0, 1]: of steps or of minutes, the larger."""
@@ -381,7 +395,7 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = peak * factor
         batches = self.batches(self.step)
-        count = s.batch_size * s.seq_len // s.block_size
+        count = self.copies * s.batch_size * s.seq_len // s.block_size
         total = 0.0
         for i, batch in enumerate(batches):
             batch = [t.to(s.device, non_blocking=True) for t in batch]
@@ -500,8 +514,9 @@ def train_loop(run):
     s, processes = run.s, run.processes
     stop = Stop()
     peak = peak_flops(torch.cuda.get_device_name(s.device)) if run.on_cuda else None
-    masked = s.batch_size * s.seq_len * (s.block_size + 1) // (2 * s.block_size)
-    step_flops = run.model.train_flops(s.batch_size, masked)
+    share = mean_rate(s.noise, s.block_size, s.m_min, (s.clip_low, s.clip_high))
+    masked = run.copies * s.batch_size * s.seq_len * share
+    step_flops = run.model.train_flops(s.batch_size, masked, run.copies)
     began = time.perf_counter() - run.seconds
     mark, mark_step, losses = time.perf_counter(), run.step, 0.0
     progress = run.progress(run.seconds)
