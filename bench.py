@@ -342,7 +342,8 @@ def make_run(s, folder, kind, N, S, **settings):
         **train.DEFAULTS, **{k: getattr(s, k) for k in names}, "compile": str(s.compile).lower(),
         "objective": "ar" if gpt else "diffusion", "block_size": 1 if gpt else S, "seq_len": N,
         "batch_size": sequences(s, N), "max_steps": 10**9, "max_minutes": 0.0,
-        "dataset": str(folder), "out_dir": f"{folder}/{kind}", "overwrite": True, "noise": "balanced",  # as many masks in every step
+        "dataset": str(folder), "out_dir": f"{folder}/{kind}", "overwrite": True,
+        "noise": "balanced",  # as many masks in every step
         **settings,
     }
     if kind == "plain":

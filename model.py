@@ -454,8 +454,8 @@ class SwiGLU(nn.Module):
 
 @lru_cache(maxsize=128)
 def neighbour_index(n, w, block_size, device="cpu"):
-    """(n, offsets) int64: where the neighbours of n tokens, whole blocks, are found in the row
-    [past (w + n), own (n), MASK (1)], at the offsets -w..-1 and 1..w that are seen from anywhere."""
+    """(n, offsets) int64: where the neighbours of n tokens, whole blocks, are found in a row of
+    [past (w + n), own (n), MASK (1)], for the offsets -w..-1 and 1..w that any place sees."""
     place = torch.arange(n, device=device)[:, None]
     d = torch.tensor([*range(-w, 0), *range(1, min(w, block_size - 1) + 1)], device=device)
     inside = (place + d).div(block_size, rounding_mode="floor") == place // block_size

@@ -68,7 +68,7 @@ clip_high = 0.8
 # the budget: whichever of the two ends first; 0 = no such limit
 max_steps = 0
 max_minutes = 4.5
-batch_size = 8  # sequences per optimizer step, over all processes and micro-batches
+batch_size = 4  # sequences per optimizer step, over all processes and micro-batches
 micro_batch = 0  # sequences per forward pass of one process; 0: its whole share at once
 # the optimizer
 optimizer = "muon"  # for the matrices of the layers; the rest always has AdamW. Or "adamw" for all
