@@ -879,6 +879,12 @@ def test_muon():
     g = torch.randn(3, 24, 40, generator=generator())
     spectrum = torch.linalg.svdvals(muon.orthogonalize(g))
     assert 0.5 < spectrum.min() and spectrum.max() < 1.4, spectrum
+    for wide in (g, g[:, :, :30]):  # by way of the small product A, and without
+        x = wide.double() / wide.double().norm(dim=(1, 2), keepdim=True)
+        for _ in range(5):
+            A = x @ x.mT
+            x = 3.4445 * x - 4.7750 * A @ x + 2.0315 * A @ A @ x
+        assert diff(muon.orthogonalize(wide), x) < 1e-5
     tall = muon.orthogonalize(g.mT.contiguous())
     assert diff(tall, muon.orthogonalize(g).mT) < 1e-5
     if not hasattr(torch.optim, "Muon"):

@@ -14,7 +14,5 @@ S = 16 <= 2.236 +- 0.013. The shape is train.py's default; no other was compared
 out_dir = "out/sprint"
 dataset = "shakespeare_char"
 block_size = 16  # S
-seq_len = 128
-batch_size = 8  # 8 x 128 = 1,024 characters
 eval_every = 1_000_000  # no validation in between: the clock runs
 sample_tokens = 0

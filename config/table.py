@@ -11,6 +11,9 @@ dataset = "shakespeare"
 neighbours = 0  # the plain recipe: the defaults of train.py add three things
 noise = "balanced"
 copies = 1
+n_layer = 4
+n_head = 4
+n_embd = 128
 seq_len = 128  # a multiple of every S in the table; S = 128 is plain masked diffusion
 batch_size = 8  # 8 x 128 = 1,024 tokens
 max_steps = 640  # x 1,024 = 0.66M tokens
