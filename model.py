@@ -22,6 +22,7 @@ Who sees whom, for three blocks of the clean and of the noisy stream (# = visibl
     noisy 1       # . .  . # .
     noisy 2       # # .  . . #
 
+A second noisy copy is one more row and column of squares: copies do not see each other.
 So one pass over both streams gives, for every block at once, the logits that a pass over
 [clean blocks before b, noisy block b] would give: N (N + S) visible entries of (2N)^2.
 """
@@ -257,6 +258,8 @@ class BlockCache:
 
     def behind(self, tokens):
         """(B, neighbours + Q): the last tokens of the cache and, behind them, `tokens` (B, Q)."""
+        if not self.before.shape[1]:
+            return tokens
         past = torch.cat([self.before, tokens], dim=1)
         first = self.length - self.before.shape[1]
         slots = torch.arange(first, first + past.shape[1], device=past.device)

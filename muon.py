@@ -18,8 +18,8 @@ def orthogonalize(g, steps=5, dtype=torch.float32):
     """(n, r, c) -> the same shape: U V^T of each g = U S V^T, singular values within about 30 %.
 
     Newton-Schulz: X <- P X with P = a + b A + c A^2 and A = X X^T, on X = g / |g|, the short side
-    first. Wide matrices collect Q = ... P P instead, on A <- P A P, and meet X once: fewer FLOPs, but
-    A squares the precision needed, so not in bf16.
+    first. Wide matrices collect Q = ... P P instead, with A <- P A P, and meet X once: fewer FLOPs,
+    but A squares the precision that it takes, so not in bf16.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[1] > g.shape[2]

@@ -469,7 +469,7 @@ def test_model_ar_equals_slow_model():
 
 def test_no_leak():
     """Changing block j moves no logit before j; changing the clean copy of b moves no noisy b."""
-    net = tiny_model(seq_len=15, block_size=3)
+    net = tiny_model(seq_len=15, block_size=3, neighbours=4)
     x0 = tokens_for(net)
     xt = noisy_for(net, x0)[0].xt
     every = torch.arange(x0.numel())
@@ -496,7 +496,7 @@ def test_no_leak():
 
 def test_all_blocks_equal_target_blocks():
     """One two-stream pass equals `corrupt_target_block` block by block: logits, loss, gradients."""
-    net = tiny_model(seq_len=12, block_size=4)
+    net = tiny_model(seq_len=12, block_size=4, neighbours=3)
     x0 = tokens_for(net)
     noisy, index = noisy_for(net, x0)
     loss = train.Loss(net)(9, x0, noisy.xt, noisy.weight, index)
