@@ -103,6 +103,7 @@ GPU = SHARED | {
     "n_hidden": 0,
     "vocab_size": 50304,
     "tie_embeddings": True,
+    "neighbours": 0,
     "seq_len": 1024,
     "block_size": 16,
     "tokens_per_step": 16 * 1024,
