@@ -332,7 +332,8 @@ def random_data(vocab_size, length):
 
 
 def make_run(s, folder, kind, N, S, **settings):
-    """The train.Run of a contestant, so that what is measured is what trains.
+    """The train.Run of a contestant, so that what is measured is what trains: with `copies` noisy
+    copies, one by default, and `balanced` noise, so that every step masks as many tokens.
 
     kind: "ours"; "gpt", its autoregressive twin; "plain", ours with PlainLoss.
     """
@@ -344,7 +345,7 @@ def make_run(s, folder, kind, N, S, **settings):
         "objective": "ar" if gpt else "diffusion", "block_size": 1 if gpt else S, "seq_len": N,
         "batch_size": sequences(s, N), "max_steps": 10**9, "max_minutes": 0.0,
         "dataset": str(folder), "out_dir": f"{folder}/{kind}", "overwrite": True,
-        "noise": "balanced",  # as many masks in every step
+        "noise": "balanced",
         **settings,
     }
     if kind == "plain":

@@ -186,6 +186,7 @@ def check_out_dir(s):
 
 def check_same(s, saved, config, saved_config):
     """Resuming: settings that change the numbers must be those of the checkpoint."""
+    saved = {"neighbours": 0, "copies": 1, **saved}  # what was, before there was a choice
     changed = [
         f"{k}: {saved.get(k)!r} -> {v!r}"
         for k, v in vars(s).items()

@@ -20,7 +20,8 @@ Four laws for the noise (weights are per masked token, for the per-token loss):
 
 `balanced` measures: it is constant over any batch whose blocks are a multiple of S, and evaluation
 uses nothing else. `tilted` trains: a block with few masks says little about its mean, so it is
-drawn more often and counts less; the loss is the same in expectation, its gradient less noisy.
+drawn more often and counts less. The loss is the same in expectation; what it gained is in the
+README.
 `uniform` leaves out rates below m_min, a share m_min of the average.
 
 Two copies of a block (copies=2) are antithetic: where the first draws u, the second draws 1 - u,

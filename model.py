@@ -22,14 +22,14 @@ Who sees whom, for three blocks of the clean and of the noisy stream (# = visibl
     noisy 1       # . .  . # .
     noisy 2       # # .  . . #
 
-A second noisy copy is one more row and column of squares: copies do not see each other.
 So one pass over both streams gives, for every block at once, the logits that a pass over
-[clean blocks before b, noisy block b] would give: N (N + S) visible entries of (2N)^2.
+[clean blocks before b, noisy block b] would give: N (N + S) visible entries of (2N)^2. A second
+noisy copy is one more row and column of squares: copies do not see each other.
 """
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -433,8 +433,8 @@ class BlockCausalAttention(nn.Module):
     def forward(self, h, rope, attend, noisy_only=False):
         """h (..., N, C) -> (..., N, heads * D), the input of the output projection `o`.
 
-        `attend(q, k, v)` is one of the attentions above. With `noisy_only`, h holds both streams
-        and only the noisy one asks: the last layer's clean stream gives keys and values alone.
+        `attend(q, k, v)` is one of the attentions above. With `noisy_only`, h holds all streams
+        and only the noisy ones ask: the last layer's clean stream gives keys and values alone.
         """
         q = self.heads(self.q, self.q_norm, h[1:] if noisy_only else h, rope)
         k = self.heads(self.k, self.k_norm, h, rope)
@@ -455,15 +455,15 @@ class SwiGLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-@lru_cache(maxsize=128)
-def neighbour_index(n, w, block_size, device="cpu"):
-    """(n, offsets) int64: where the neighbours of n tokens, whole blocks, are found in a row of
-    [past (w + n), own (n), MASK (1)], for the offsets -w..-1 and 1..w that any place sees."""
+@cache  # a recorded CUDA graph reads it; there are at most N / S values of n
+def neighbour_index(n, left, right, block_size, device="cpu"):
+    """(n, left + right) int64: where the neighbours of n tokens, whole blocks, are found in a row
+    of [past (left + n), own (n), MASK (1)], at the offsets -left..-1 and 1..right."""
     place = torch.arange(n, device=device)[:, None]
-    d = torch.tensor([*range(-w, 0), *range(1, min(w, block_size - 1) + 1)], device=device)
+    d = torch.tensor([*range(-left, 0), *range(1, right + 1)], device=device)
     inside = (place + d).div(block_size, rounding_mode="floor") == place // block_size
-    other = torch.where(d < 0, w + place + d, w + 2 * n)  # to the left what is past, or [MASK]
-    return torch.where(inside, w + n + place + d, other)
+    other = torch.where(d < 0, left + place + d, left + 2 * n)  # what is past, or [MASK]
+    return torch.where(inside, left + n + place + d, other)
 
 
 class Neighbours(nn.Module):
@@ -472,17 +472,19 @@ class Neighbours(nn.Module):
     e are embeddings of their own, a quarter as wide. A neighbour that i may not see or that does
     not exist counts as [MASK]; to the right of i's block that is every one. So pairs and triples
     of tokens, which a small model otherwise learns to look up by attention, are there at once.
-    The window is that of the neural language model of Bengio et al. (JMLR 3, 2003).
+    The window is that of the neural language model of Bengio et al. (JMLR 3, 2003). Offsets that
+    no place of the trained blocks sees have no weights: with S = 1, as in a GPT, all to the right.
     """
 
     def __init__(self, config):
         super().__init__()
-        self.w, self.S, self.mask_id = config.neighbours, config.block_size, config.mask_id
-        width, offsets = max(1, config.n_embd // 4), self.w + min(self.w, self.S - 1)
+        self.left, self.mask_id = config.neighbours, config.mask_id
+        self.right = min(self.left, config.block_size - 1)
+        width = max(1, config.n_embd // 4)
         self.embed = nn.Embedding(config.vocab_size + 1, width)
-        self.mix = nn.Linear(offsets * width, config.n_embd, bias=False)
+        self.mix = nn.Linear((self.left + self.right) * width, config.n_embd, bias=False)
 
-    def forward(self, tokens, past):
+    def forward(self, tokens, past, block_size):
         """tokens (..., n), whole blocks -> (..., n, C).
 
         past (..., w + n): the tokens from w before the first on, as later blocks see them.
@@ -490,8 +492,8 @@ class Neighbours(nn.Module):
         n = tokens.shape[-1]
         row = torch.cat([past.expand(*tokens.shape[:-1], -1), tokens], dim=-1)
         row = F.pad(row, (0, 1), value=self.mask_id)
-        seen = row[..., neighbour_index(n, self.w, self.S, tokens.device)]  # (..., n, offsets)
-        return self.mix(self.embed(seen).flatten(-2))
+        index = neighbour_index(n, self.left, self.right, block_size, tokens.device)
+        return self.mix(self.embed(row[..., index]).flatten(-2))
 
 
 class CascadeBlock(nn.Module):
@@ -507,7 +509,7 @@ class CascadeBlock(nn.Module):
     def forward(self, x, rope, attend, index=None):
         """x (..., N, C) -> the same shape; with `index` (last layer of two streams) -> (M, C).
 
-        `index` holds the flat positions of the noisy stream that carry loss: after the attention
+        `index` holds the flat positions of the noisy copies that carry loss: after the attention
         nothing else is needed, so the output projection and the MLP run on those rows alone.
         """
         y = self.attn(self.attn_norm(x), rope, attend, noisy_only=index is not None)
@@ -574,7 +576,7 @@ class CascadeLM(nn.Module):
     def embedded(self, tokens, past):
         """(..., n, C) of tokens (..., n); past (..., neighbours + n), see Neighbours."""
         h = self.embed(tokens)
-        return h if self.near is None else h + self.near(tokens, past)
+        return h if self.near is None else h + self.near(tokens, past, self.config.block_size)
 
     def logits(self, h):
         """Final norm and head: (..., C) -> (..., V) float32, whatever the autocast."""
@@ -603,7 +605,7 @@ class CascadeLM(nn.Module):
         return h
 
     def masked_logits(self, x0, xt, index):
-        """Two-stream pass: logits (M, V) of the noisy stream at flat positions `index` (M,).
+        """Two-stream pass: logits (M, V) of the noisy copies at flat positions `index` (M,).
 
         x0 (B, N), xt (B, N) or (copies, B, N) int64. Equal to a pass over [clean blocks before b,
         noisy block b] for each block b of each copy, for all of them at once.

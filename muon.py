@@ -19,13 +19,13 @@ def orthogonalize(g, steps=5, dtype=torch.float32):
 
     Newton-Schulz: X <- P X with P = a + b A + c A^2 and A = X X^T, on X = g / |g|, the short side
     first. Wide matrices collect Q = ... P P instead, with A <- P A P, and meet X once: fewer FLOPs,
-    but A squares the precision that it takes, so not in bf16.
+    but A squares the precision that it takes: not in bf16, nor on a GPU, which may take TF32.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[1] > g.shape[2]
     x = (g.mT if tall else g).to(dtype)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    if x.shape[2] > 1.5 * x.shape[1] and dtype == torch.float32:
+    if x.shape[2] > 1.5 * x.shape[1] and dtype == torch.float32 and not x.is_cuda:
         A, Q = x @ x.mT, None
         for step in range(steps):
             P = torch.baddbmm(A, A, A, beta=b, alpha=c)
@@ -40,8 +40,17 @@ def orthogonalize(g, steps=5, dtype=torch.float32):
     return x.mT if tall else x
 
 
-def shared_orthogonalize(matrices, dtype):
-    """orthogonalize of a list of n (r, c), alike on all processes or sliced by them -> (n, r, c).
+def orthogonalize_heads(g, head_dim, dtype):
+    """orthogonalize of each head of g (n, r, c) by itself: `head_dim` rows, or, negative, columns;
+    0: of whole matrices. Long thin pieces take a fraction of the FLOPs."""
+    if head_dim < 0:
+        return orthogonalize_heads(g.mT, -head_dim, dtype).mT
+    rows = head_dim or g.shape[1]
+    return orthogonalize(g.reshape(-1, rows, g.shape[2]), dtype=dtype).reshape(g.shape)
+
+
+def shared_orthogonalize(matrices, head_dim, dtype):
+    """orthogonalize_heads of a list of n (r, c), alike on all processes or sliced by them, stacked.
 
     Process i computes matrices [i m, (i + 1) m) with m = ceil(n / processes); the last may have
     fewer. Slices are made whole one by one, and no process keeps more of them than its share.
@@ -54,19 +63,23 @@ def shared_orthogonalize(matrices, dtype):
         if i // share == rank:
             mine.append(g)
     if world == 1:
-        return orthogonalize(torch.stack(mine), dtype=dtype)
+        return orthogonalize_heads(torch.stack(mine), head_dim, dtype)
     result = g.new_zeros(world, share, *g.shape, dtype=dtype)
     if mine:
-        result[rank, : len(mine)] = orthogonalize(torch.stack(mine), dtype=dtype)
+        result[rank, : len(mine)] = orthogonalize_heads(torch.stack(mine), head_dim, dtype)
     dist.all_gather(list(result.unbind()), result[rank].clone())
     return result.flatten(0, 1)[: len(matrices)]
 
 
 class Muon(torch.optim.Optimizer):
-    """Parameters: 2-D matrices. lr is in AdamW's units: an update has RMS about 0.2 lr."""
+    """Parameters: 2-D matrices. lr is in AdamW's units: an update has RMS about 0.2 lr.
+
+    A parameter group's `head_dim` makes it the matrices of attention: orthogonalize_heads.
+    """
 
     def __init__(self, params, lr=1e-3, weight_decay=0.1, momentum=0.95, dtype=torch.float32):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "head_dim": 0}
+        super().__init__(params, defaults)
         self.dtype = dtype
 
     @torch.no_grad()
@@ -89,7 +102,7 @@ class Muon(torch.optim.Optimizer):
         buffers = [self.state[p]["momentum"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - beta)
         nesterov = torch._foreach_lerp(grads, buffers, beta)
-        update = shared_orthogonalize(nesterov, self.dtype).to(params[0].dtype)
+        update = shared_orthogonalize(nesterov, group["head_dim"], self.dtype).to(params[0].dtype)
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         scale = group["lr"] * 0.2 * max(shape) ** 0.5
         update = [slice_like(u, p) for u, p in zip(update, params, strict=True)]

@@ -36,7 +36,7 @@ import time
 import traceback
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
@@ -327,14 +327,14 @@ def test_noise_guards():
         {"law": "clipped", "clip": (0.8, 0.3)}, {"law": "clipped", "clip": (0.3, 1.2)},
     ]
     for make, extra in (
-        (corrupt.corrupt_all_blocks, []),
+        (corrupt.corrupt_all_blocks, [{"copies": 3}]),
         (corrupt.corrupt_target_block, [{"block": torch.tensor([0, 2])}]),
     ):
         for wrong in bad + extra:
             arguments = {"block_size": 4, **wrong}
             with raises(ValueError):
                 make(x0, mask_id=9, generator=generator(), **arguments)
-    return f"{2 * len(bad) + 1} wrong calls refused"
+    return f"{2 * len(bad) + 2} wrong calls refused"
 
 
 # ---- attention and the network against the slow truth --------------------------------------------
@@ -457,7 +457,7 @@ def test_model_equals_slow_model():
 
 def test_model_ar_equals_slow_model():
     """objective "ar": the same network under a causal mask; its first token comes from [MASK]."""
-    net = tiny_model(objective="ar", block_size=1)
+    net = tiny_model(objective="ar", block_size=1, neighbours=2)
     x0 = tokens_for(net)
     shifted = torch.cat([torch.full_like(x0[:, :1], 11), x0[:, :-1]], dim=1)
     truth = reference.reference_logits(net.state_dict(), net.config, shifted)
@@ -618,7 +618,10 @@ def test_train_flops():
     from torch.utils.flop_counter import FlopCounterMode
 
     worst = 0.0
-    for shape in ({"block_size": 8}, {"objective": "ar", "block_size": 1}):
+    for copies, shape in (
+        (1, {"block_size": 8}), (2, {"block_size": 8, "neighbours": 3}),
+        (1, {"objective": "ar", "block_size": 1, "neighbours": 2}),
+    ):
         net = tiny_model(seq_len=64, n_layer=3, n_kv_head=2, attention="chunk", **shape)
         x0 = tokens_for(net, batch=4)
         with FlopCounterMode(display=False) as counter:
@@ -626,14 +629,16 @@ def test_train_flops():
                 train.Loss(net)(1, x0).backward()
                 masked = 0
             else:
-                noisy, index = noisy_for(net, x0)
+                noisy = corrupt.corrupt_all_blocks(x0, 8, 11, generator(2), copies=copies)
+                index = noisy.mask.flatten().nonzero()[:, 0]
                 train.Loss(net)(1, x0, noisy.xt, noisy.weight, index).backward()
                 masked = len(index)
         counts = counter.get_flop_counts()["Global"]
         products = sum(n for op, n in counts.items() if "attention" not in str(op))
-        mine = net.train_flops(4, masked)
+        mine = net.train_flops(4, masked, copies)
         c = net.config
-        entries = 4 * 64 * (64 + c.block_size) * 5 / 2 if masked else 4 * 64 * 65 // 2 * 3
+        streams = 2 * (1 + copies) + copies  # of three layers, the last without its clean one
+        entries = 4 * 64 * (64 + c.block_size) / 2 * streams if masked else 4 * 64 * 65 // 2 * 3
         worst = max(worst, abs(mine - 12 * entries * c.n_embd - products) / products)
     return within(worst, 1e-9, "matrix products, relative difference")
 
@@ -1115,7 +1120,7 @@ def test_config_guards():
     bad = [
         {"seq_len": 10, "block_size": 3}, {"n_embd": 30, "n_head": 4}, {"n_embd": 12, "n_head": 4},
         {"n_head": 6, "n_kv_head": 4}, {"objective": "gpt"}, {"objective": "ar", "block_size": 4},
-        {"n_layer": 0}, {"vocab_size": 0}, {"block_size": 0}, {"n_embd": -6},
+        {"n_layer": 0}, {"vocab_size": 0}, {"block_size": 0}, {"n_embd": -6}, {"neighbours": -1},
     ]
     for shape in bad:
         with raises(ValueError):
@@ -1340,6 +1345,23 @@ def test_cache_equals_uncached():
                 blocks += 1
             pending = clean.gather(1, place)
     return within(worst, 1e-5, f"{blocks} blocks, max|diff|")
+
+
+def test_cache_of_another_block_size():
+    """Decoding with smaller or larger blocks than the trained ones: what a token sees, neighbours
+    too, ends with its block as it is now."""
+    worst = 0.0
+    for S in (2, 8):
+        net = tiny_model(**GQA)
+        net.config = replace(net.config, block_size=S)
+        tokens = tokens_for(net)
+        logits = net(tokens)
+        for b in range(32 // S):
+            other = tokens.clone()
+            other[:, b * S :] = (other[:, b * S :] + 1) % 11
+            assert (net(other)[:, : b * S] == logits[:, : b * S]).all(), (S, b)
+        worst = max(worst, against_uncached(net, random_prompts(net, 0, 5, 9), 40, seed=2)[0])
+    return within(worst, 1e-5)
 
 
 def test_static_pass():

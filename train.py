@@ -29,7 +29,7 @@ from torch import nn
 
 from checkpoint import all_finite, check_out_dir, check_same, load_checkpoint, save_checkpoint
 from configurator import SettingsError, override, public
-from corrupt import NOISE_LAWS, WEIGHTINGS, check_rates, corrupt_all_blocks, mean_rate
+from corrupt import COUNTED, NOISE_LAWS, WEIGHTINGS, check_rates, corrupt_all_blocks, mean_rate
 from dataset import DataError, data_root, load_dataset, ships_with_repository
 from log import Log
 from machine import Processes, choose_machine, peak_flops
@@ -72,7 +72,7 @@ batch_size = 4  # sequences per optimizer step, over all processes and micro-bat
 micro_batch = 0  # sequences per forward pass of one process; 0: its whole share at once
 # the optimizer
 optimizer = "muon"  # for the matrices of the layers; the rest always has AdamW. Or "adamw" for all
-learning_rate = 3e-3  # AdamW's peak
+learning_rate = 6e-3  # AdamW's peak
 muon_lr = 5e-3  # Muon's peak
 weight_decay = 0.1
 beta1 = 0.9
@@ -105,8 +105,9 @@ def step_generator(seed, step):
 
 
 def noisy_copies(s):
-    """1 or 2. A block of one token has one noisy copy: a second would be the same."""
-    return s.copies if s.objective == "diffusion" and s.block_size > 1 else 1
+    """1 or 2. A block of one token has one noisy copy: when counts are drawn it is [MASK]."""
+    alike = s.block_size == 1 and s.noise in COUNTED
+    return 1 if s.objective == "ar" or alike else s.copies
 
 
 def micro_batches(s, mask_id, split, step, rank, world):
@@ -242,7 +243,8 @@ def make_optimizers(model, s):
     if s.optimizer not in ("muon", "adamw"):
         raise SettingsError(f"--optimizer must be muon or adamw, not {s.optimizer!r}")
     inside = ("blocks.", "near.mix")
-    matrices = [p for n, p in model.named_parameters() if n.startswith(inside) and p.ndim == 2]
+    named = {n: p for n, p in model.named_parameters() if n.startswith(inside) and p.ndim == 2}
+    matrices = list(named.values())
     taken = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in taken]
     tables, vectors = [p for p in rest if p.ndim == 2], [p for p in rest if p.ndim < 2]
@@ -255,7 +257,13 @@ def make_optimizers(model, s):
     adamw = torch.optim.AdamW(groups, lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True)
     if s.optimizer == "adamw":
         return [adamw]
-    return [adamw, Muon(matrices, s.muon_lr, s.weight_decay, dtype=getattr(torch, s.dtype))]
+    D = {"q": model.config.head_dim, "k": model.config.head_dim, "v": model.config.head_dim,
+         "o": -model.config.head_dim}  # o reads the heads by its columns
+    by_head = {}
+    for name, p in named.items():
+        by_head.setdefault(D.get(name.split(".")[-2], 0), []).append(p)
+    groups = [{"params": params, "head_dim": d} for d, params in by_head.items()]
+    return [adamw, Muon(groups, s.muon_lr, s.weight_decay, dtype=getattr(torch, s.dtype))]
 
 
 def lr_factor(step, progress, s):
@@ -353,6 +361,7 @@ class Run:
         lines.append(f"data       {self.data.name}: {train:,} train and {val:,} validation tokens")
         lines.append(
             f"step       {s.batch_size} sequences = {s.batch_size * s.seq_len:,} tokens"
+            + (f" in {self.copies} noisy copies, {s.noise}" if s.objective == "diffusion" else "")
             + (f" on {processes.world} processes" if processes.world > 1 else "")
         )
         if processes.main:

@@ -22,6 +22,8 @@ n_head = 4
 n_embd = 128
 n_hidden = 344  # 3 x 128 x 344 weights for nanoGPT's 2 x 128 x 512: 0.81M in all, there 0.80M
 neighbours = 0
+noise = "balanced"
+copies = 1
 seq_len = 64
 dtype = "float32"
 batch_size = 12  # 12 x 64 = 768 characters

@@ -14,6 +14,7 @@ bound (best.pt), not the last.
 out_dir = "out/shakespeare_char"
 dataset = "shakespeare_char"  # 65 characters, 1,003,854 of them for training
 block_size = 4  # S
+neighbours = 0  # nanoGPT has none; 3 of them, as for the nano, are one setting away
 n_layer = 6
 n_head = 6
 n_embd = 384  # 6 layers of 4 x 384 x 384 + 3 x 384 x 1024 = 1.77M: 10.7M in all

@@ -11,6 +11,7 @@ dataset = "shakespeare"
 neighbours = 0  # the plain recipe: the defaults of train.py add three things
 noise = "balanced"
 copies = 1
+learning_rate = 3e-3
 n_layer = 4
 n_head = 4
 n_embd = 128
