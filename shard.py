@@ -14,7 +14,7 @@ def shard_model(model, device, world):
     mesh = init_device_mesh(device.split(":")[0], (world,))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)  # the embedding, the last norm and the head
+    fully_shard(model, mesh=mesh)  # the embeddings, the last norm and the head
     for method in ("loss", "masked_logits", "ar_logits"):  # called like forward: gather around them
         register_fsdp_forward_method(model, method)
 

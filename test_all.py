@@ -285,6 +285,8 @@ def test_noise_masks():
             each = 1 / (S * k * wanted[k - 1])
             assert diff(weight, each[..., None] * n.mask.view(600, 4, S)) < 1e-6
             assert (weight.sum(dim=-1)[k == 4] == weight.sum(dim=-1).max()).all()
+            other = corrupt.corrupt_all_blocks(x0, S, 9, generator(2), law, weighting="cascade")
+            assert diff(other.weight.view(600, 4, S) * n.m[..., None], weight) < 1e-6
         else:
             expected = (1 / (n.m * S)).float()[..., None] * n.mask.view(600, 4, S)
             assert diff(weight, expected) < 1e-5 * expected.max()
@@ -921,6 +923,22 @@ def test_seeds_and_micro_batches():
         ar = [trained(objective="ar", block_size=1, micro_batch=size) for size in (0, 2)]
     assert diff(*ar) < 1e-4, diff(*ar)
     return within(max(diff(p, runs[0]) for p in parts), 1e-4, "micro-batches, weights max|diff|")
+
+
+def test_static_shapes():
+    """`static_shapes` promises the compiler as many masked tokens in every micro-batch, or not."""
+    with data_folder() as folder:
+        for static, settings in (
+            (True, {"noise": "balanced", "copies": 1}),
+            (True, {"noise": "balanced", "copies": 2, "batch_size": 3, "micro_batch": 1}),
+            (False, {"noise": "balanced", "copies": 1, "block_size": 8, "batch_size": 3}),
+            (False, {"noise": "tilted", "copies": 2}),
+            (False, {"noise": "uniform", "copies": 1}),
+        ):
+            run, _ = train_tiny(folder, max_steps=1, **settings)
+            sizes = {len(batch[-1]) for step in range(40) for batch in run.make_batches(step)}
+            assert run.static_shapes() == static == (len(sizes) == 1), (settings, sizes)
+    return "five cases over 40 steps"
 
 
 def test_resume_is_bitwise():

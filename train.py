@@ -239,7 +239,8 @@ def evaluate(model, split, windows, seed=0, batch=16, autocast=nullcontext, proc
 
 
 def make_optimizers(model, s):
-    """[AdamW] or [AdamW, Muon]. Muon takes the layers' matrices; decay goes to matrices alone."""
+    """[AdamW] or [AdamW, Muon]. Muon takes the matrices of the layers and of the neighbours' mix,
+    those of attention head by head; decay goes to matrices alone."""
     if s.optimizer not in ("muon", "adamw"):
         raise SettingsError(f"--optimizer must be muon or adamw, not {s.optimizer!r}")
     inside = ("blocks.", "near.mix")
