@@ -72,7 +72,7 @@ batch_size = 4  # sequences per optimizer step, over all processes and micro-bat
 micro_batch = 0  # sequences per forward pass of one process; 0: its whole share at once
 # the optimizer
 optimizer = "muon"  # for the matrices of the layers; the rest always has AdamW. Or "adamw" for all
-learning_rate = 6e-3  # AdamW's peak
+learning_rate = 1.2e-2  # AdamW's peak
 muon_lr = 5e-3  # Muon's peak
 weight_decay = 0.1
 beta1 = 0.9
