@@ -3,17 +3,14 @@
     python train.py config/nano.py
     python train.py config/nano.py --max_minutes=15 --overwrite=true      longer, on a CPU
 
-On a CPU the settings are the defaults of train.py: 0.8M parameters, S = 8, limited to 4.5 minutes.
+On a CPU the settings are the defaults of train.py: 0.98M parameters, S = 8, limited to 4.5 minutes.
 Measured on two shared cores of an AMD EPYC (Zen 3, float32, no bf16 units), torch 2.13.0, seed
 1337, in nats per character of validation text:
 
-    4.5 minutes, 1.48M tokens: bound <= 2.040 +- 0.011 in a quiet hour (<= 2.113 at 1.05M, <= 2.266
-    at 0.61M tokens in slower ones)
-    15 minutes, 2.19M tokens: bound <= 1.970 +- 0.011
+    4.5 minutes, 0.63M tokens: bound <= 1.936 +- 0.010
 
-Only Muon's rate was chosen by measurement (README, notes); width, depth, batch and context are
-first guesses that were not compared. On a machine with a GPU: 12.4M parameters, not measured yet;
-there `python train.py --device=cpu` gives the small model.
+The README says what was compared to choose them, at this budget. On a machine with a GPU: 12.7M
+parameters, not measured yet; there `python train.py --device=cpu` gives the small model.
 """
 
 import torch
@@ -21,7 +18,7 @@ import torch
 out_dir = "out/nano"
 block_size = 8  # S
 
-if torch.cuda.is_available():  # 12.4M parameters; on a CPU the defaults of train.py, 0.8M
+if torch.cuda.is_available():  # 12.7M parameters; on a CPU the defaults of train.py, 0.98M
     n_layer = 7
     n_head = 6
     n_embd = 384  # 7 layers of 4 x 384 x 384 + 3 x 384 x 1024 = 1.77M
