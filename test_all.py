@@ -892,6 +892,16 @@ def test_muon():
             A = x @ x.mT
             x = 3.4445 * x - 4.7750 * A @ x + 2.0315 * A @ A @ x
         assert diff(muon.orthogonalize(wide), x) < 1e-5
+    each = torch.cat([muon.orthogonalize(piece) for piece in g.split(8, dim=1)], dim=1)
+    assert diff(muon.orthogonalize_heads(g, 8, torch.float32), each) < 1e-5
+    assert diff(muon.orthogonalize_heads(g.mT, -8, torch.float32), each.mT) < 1e-5
+    net = tiny_model(n_kv_head=2)
+    s = SimpleNamespace(**{**train.DEFAULTS, "dtype": "float32"})
+    heads = {id(p): group["head_dim"] for group in train.make_optimizers(net, s)[1].param_groups
+             for p in group["params"]}
+    a, wanted = net.blocks[0].attn, {"q": 8, "k": 8, "v": 8, "o": -8}
+    assert all(heads[id(getattr(a, name).weight)] == D for name, D in wanted.items()), heads
+    assert heads[id(net.blocks[1].mlp.up.weight)] == 0
     tall = muon.orthogonalize(g.mT.contiguous())
     assert diff(tall, muon.orthogonalize(g).mT) < 1e-5
     if not hasattr(torch.optim, "Muon"):
@@ -926,7 +936,8 @@ def test_seeds_and_micro_batches():
 
 
 def test_static_shapes():
-    """`static_shapes` promises the compiler as many masked tokens in every micro-batch, or not."""
+    """`static_shapes` promises the compiler as many masked tokens in every micro-batch, or not; and
+    with exact counts the first loss is log V whatever the batch, so its normaliser is right."""
     with data_folder() as folder:
         for static, settings in (
             (True, {"noise": "balanced", "copies": 1}),
@@ -935,7 +946,10 @@ def test_static_shapes():
             (False, {"noise": "tilted", "copies": 2}),
             (False, {"noise": "uniform", "copies": 1}),
         ):
-            run, _ = train_tiny(folder, max_steps=1, **settings)
+            run, _ = train_tiny(folder, max_steps=1, **{"log_every": 1, **settings})
+            first = float(read_log(f"{folder}/out/log.csv")[0]["loss"])
+            off = abs(first - math.log(run.config.vocab_size))
+            assert off < (1e-4 if settings["noise"] == "balanced" else 1), (settings, first)
             sizes = {len(batch[-1]) for step in range(40) for batch in run.make_batches(step)}
             assert run.static_shapes() == static == (len(sizes) == 1), (settings, sizes)
     return "five cases over 40 steps"
