@@ -1,50 +1,60 @@
-"""The measuring stick: likelihoods with their errors, and samples under an independent judge.
+"""The measures: likelihoods with their errors, drafts that are accepted, and judged samples.
 
-    python eval.py --out_dir=out/nano                     bound and chain likelihood
-    python eval.py --out_dir=out/gpt                      an autoregressive run: its exact NLL
+    python eval.py --out_dir=out/nano                     every level, and rules at K passes
+    python eval.py --out_dir=out/nano --drafts=true       tokens a pass of mode verify, and controls
     python eval.py --out_dir=out/nano --exact=true        the bound against the truth, S <= 8
     python eval.py --out_dir=out/nano --samples=true --judge=out/judge     quality against speed
     python eval.py --out_dir=out/nano --json=true         one JSON object alone on stdout
 
-Text is scored in windows of seq_len tokens, one behind the other from its start; a tail shorter
-than a window is left out. So every model with one seq_len is scored on the same tokens:
+Text is scored in windows of seq_len tokens, so models of one seq_len are scored on the same tokens:
 
     bound  <=  mean cross-entropy of masked tokens, averaged over k, how many of a block are masked
-    chain   =  -log p of the sampler that reveals each block left to right, comparable with a GPT's
-    NLL     =  -log p of an autoregressive model
+    gpt     =  NLL of the GPT level; the first token of a window, before which it has nothing to
+               read, is the block level's. Of an AR model: its NLL
+    rule K  =  NLL of what a decoding rule writes in K passes a block, replayed on the text
+               (arXiv 2603.01367); "left_to_right 1" is one joint pass
+    n-gram  =  the control: an interpolated n-gram of the training text
 
 Noise and choices come from `seed` and are drawn for all windows at once, so the batch size changes
 nothing beyond rounding. Models run in float32 whatever they were trained in; sums are float64.
+`+-` is a standard error with windows taken as independent: how far another text of this kind may
+lie.
 """
 
 import math
 import sys
 import time
+from contextlib import nullcontext
 from csv import DictWriter
 from json import dumps
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from checkpoint import find_checkpoint, load_model
-from configurator import SettingsError, fail, override, public
-from corrupt import corrupt_all_blocks
-from dataset import DataError, Progress, Tokenizer, load_dataset
-from judge import check_vocabulary, judged, load_judge, repetition, token_entropy
-from machine import choose_device
-from sample import RULES, generate_stream
-from train import step_generator, token_nll
+from corrupt import corrupt_all_blocks, head_nll
+from model import left_tokens
+from sample import RULES, View, generate_stream
+from util.checkpoint import find_checkpoint, load_model
+from util.configurator import SettingsError, check_settings, fail, override, public
+from util.dataset import DataError, Tokenizer, load_dataset
+from util.display import Progress
+from util.judge import check_vocabulary, judged, load_judge, repetition, token_entropy
+from util.machine import choose_device
+from util.ngram import NGram
 
-# ---- settings ----------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------
 out_dir = "out/nano"  # or a checkpoint file
 dataset = ""  # empty: as trained
 split = "val"
 windows = 0  # how many to score, evenly spread; 0 = all
-draws = 1  # noise draws per window; from 2 on the error of the noise alone is known too
-chain_windows = 512  # the chain takes S passes: so many windows, at random, for it; 0 = all
+rule_windows = 256  # how many for the NLL of rules, which take K passes
+ngram = 5  # order of the control; 0: none
 batch = 32  # windows per forward pass
 seed = 0  # of noise, choices and samples
+drafts = False  # instead: what mode verify accepts, at temperature 1
 exact = False  # instead: enumerate all mask sets
 exact_windows = 16
 samples = False  # instead: generate text and have it judged
@@ -58,123 +68,247 @@ json = False
 device = "auto"
 # -------------------------------------------------------------------------------------------------
 DEFAULTS = public(dict(globals()))
+RANGES = {
+    **dict.fromkeys(("windows", "sample_tokens", "ngram"), (0, math.inf)),
+    **dict.fromkeys(("rule_windows", "batch", "exact_windows", "num_samples"), (1, math.inf)),
+}
 
 
-# ---- likelihoods: functions of a model and its windows x0 (W, N) int64 ---------------------------
+SIGN = {"bound": "<=", "gpt": "=", "joint": "="}
+MEANING = {"bound": "bound of the block level", "gpt": "NLL of the GPT level",
+           "joint": "NLL of one pass a block"}
+
+# ---- scoring -------------------------------------------------------------------------------------
+
+
+def step_generator(seed, step):
+    """The generator of everything random in one training step; step -1 is the evaluation's."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + step + 1) % 2**32)
+
+
+def ar_input(x0, mask_id):
+    """What objective "ar" reads to predict x0 (B, N): x0 shifted right behind one [MASK], which
+    stands for the beginning of the text. So it is scored on the tokens that diffusion is."""
+    return torch.cat([torch.full_like(x0[:, :1], mask_id), x0[:, :-1]], dim=1)
+
+
+class Score(nn.Module):
+    """-log p in nats, by level: what training and evaluation share. A module, so that DDP and
+    fully_shard can wrap it."""
+
+    def __init__(self, model, joint_target="text"):
+        super().__init__()
+        self.model, self.joint_target = model, joint_target
+
+    def forward(self, x0, xt, index):
+        """(gpt, single, joint), float32, of tokens x0 (B, N) and noisy copies xt (copies, B, N),
+        whose positions `index` (M,), flat, are masked:
+
+        gpt     (B (N - 1),)  of tokens 1.. of each row by the GPT level; None without one
+        single  (M,)          of the masked tokens, each by itself: the others are [MASK] to it
+        joint   (M,)          of the masked tokens drawn in one pass, left to right through the
+                              local head; without one, `single`
+
+        xt (B, N) is a stream by itself: of `corrupt_target_block`, or what objective "ar" reads.
+        """
+        c, model, head, N = self.model.config, self.model, self.model.head_weight(), x0.shape[1]
+        gpt, teacher, targets = None, None, x0.expand_as(xt).flatten()[index]
+        streams = xt[None] if xt.ndim == 2 else torch.cat([x0[None], xt])
+        if xt.ndim == 2 or c.context == "block":
+            h = model.stream_trunk(streams, index)
+        else:  # the rows of the clean stream first, for they have a loss too
+            clean = torch.arange(x0.numel(), device=x0.device).view(x0.shape)[:, :-1].flatten()
+            h = model.stream_trunk(streams, torch.cat([clean, index + x0.numel()]))
+            clean, h = h.split([len(clean), len(index)])
+            clean = model.norm(clean)
+            gpt = head_nll(clean, head, x0[:, 1:].flatten())
+        if model.local is None:
+            single = head_nll(model.norm(h), head, targets)
+            return gpt, single, single
+        if self.joint_target == "gpt":  # what predicts token i stands at i - 1; nothing for i = 0
+            row = index % x0.numel()
+            teacher = clean.detach()[(row - row // N - 1).clamp(min=0)]
+        ready, nll = model.local.ready(h), []
+        for inside, soft in ((xt, None), (x0.expand_as(xt), teacher)):
+            left = left_tokens(x0, inside, c.block_size, c.local_window, c.mask_id)
+            drawn = model.local(h, left.flatten(0, -2)[index], ready)
+            nll.append(head_nll(model.norm(drawn), head, targets, soft))
+        single, joint = nll
+        return gpt, single, joint if teacher is None else torch.where(index % N > 0, joint, single)
 
 
 @torch.no_grad()
-def score(model, x0, mask=None, at=None, batch=32, tick=lambda tokens: None):
-    """(W, N) float64: -log p of each token where `at`, by default where `mask`, else 0.
+def token_nll(score, x0, masks):
+    """{level: float64}: -log p, in nats, of the tokens of x0 (B, N) that masks (copies, B, N) hide.
 
-    mask, at: (W, N) or (N,) bool. An autoregressive model needs neither and scores every token.
+    "single" and "joint", (copies, B, N), as `Score` has them and 0 where nothing is hidden. "gpt",
+    (B, N), where there is a GPT level: of tokens 1.., 0 of the first. objective "ar": "gpt" alone.
     """
-    mask, at = (None if m is None else m.expand_as(x0).split(batch) for m in (mask, at))
+    c, where = score.model.config, score.model.cos.device
+    x0, masks = x0.to(where), masks.to(where)
+    if c.objective == "ar":
+        every = torch.arange(x0.numel(), device=where)
+        return {"gpt": score(x0, ar_input(x0, c.mask_id), every)[1].double().view(x0.shape)}
+    index = masks.flatten().nonzero()[:, 0]
+    gpt, *nll = score(x0, x0.expand_as(masks).masked_fill(masks, c.mask_id), index)
+    found = {} if gpt is None else {"gpt": F.pad(gpt.double().view(len(x0), -1), (1, 0))}
+    for name, each in zip(("single", "joint"), nll, strict=True):
+        found[name] = torch.zeros(masks.shape, dtype=torch.float64, device=where)
+        found[name].view(-1)[index] = each.double()
+    return found
+
+
+def ar_nll(model, x0):
+    """(B, N) float64: -log p of each token by a model of objective "ar"."""
+    return token_nll(Score(model), x0, x0[None] == x0)["gpt"]
+
+
+def window_terms(score, x0, mask, weight):
+    """{term: (B,) float64} in nats per token of windows x0 (B, N), with noise mask, weight (B, N):
+
+    bound   the bound, of which the noise is a sample
+    joint   exact NLL of one joint pass a block; without a local head, of one factorised pass
+    gpt     exact NLL of what the GPT level writes; the first token is the block level's
+    """
+    c, N = score.model.config, x0.shape[1]
+    nll = token_nll(score, x0, torch.stack([mask, torch.ones_like(mask)]))
+    if c.objective == "ar":
+        return {"gpt": nll["gpt"].mean(dim=1)}
+    weight = weight.to(score.model.cos.device)
+    terms = {"bound": (nll["single"][0] * weight).sum(dim=1) / (N // c.block_size),
+             "joint": nll["joint"][1].mean(dim=1)}
+    if c.context == "causal":
+        terms["gpt"] = (nll["gpt"].sum(dim=1) + nll["joint"][1, :, 0]) / N
+    return terms
+
+
+@torch.no_grad()
+def evaluate(score, split, windows, seed=0, batch=16, autocast=nullcontext, processes=None):
+    """{term: (mean, standard error)}, window_terms over fixed windows, the same on every call.
+
+    The noise of the bound is `balanced`, from a fixed generator. Windows are spread evenly over the
+    split without overlap, and the noise is drawn for all of them at once, so the figures are the
+    same at any batch size and number of processes.
+    """
+    c, where = score.model.config, score.model.cos.device
+    windows = min(windows, len(split) // c.seq_len)
+    stride = (len(split) - c.seq_len) / max(windows - 1, 1)
+    starts = (torch.arange(windows, dtype=torch.float64) * stride).long()
+    blank = torch.zeros(windows, c.seq_len, dtype=torch.long)
+    noise = corrupt_all_blocks(blank, c.block_size, c.mask_id, step_generator(seed, -1))
+    rank, world = (processes.rank, processes.world) if processes else (0, 1)
+    total = {}
+    batches = torch.arange(windows).split(batch)
+    # sharded weights are gathered by all processes together: none may sit the last round out
+    for i in range(rank, len(batches) + -len(batches) % world, world):
+        rows, own = batches[i % len(batches)], i < len(batches)
+        x0 = torch.from_numpy(split.window(starts[rows].numpy(), c.seq_len))
+        with autocast():
+            terms = window_terms(score, x0, noise.mask[rows], noise.weight[rows])
+        for name, each in terms.items():
+            blank = torch.zeros(windows, dtype=torch.float64, device=where)
+            total.setdefault(name, blank)[rows] += own * each
+    if processes:
+        total = {name: processes.sum(each) for name, each in total.items()}
+    return {name: (each.mean().item(), window_error(each)) for name, each in total.items()}
+
+
+def window_error(x):
+    """Standard error of the mean of x (W,), windows taken as independent."""
+    return x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan
+
+
+# ---- likelihoods: functions of a Score and windows x0 (W, N) int64, nats per token ---------------
+
+
+def in_batches(work, x0, *more, batch=32, tick=lambda tokens: None):
+    """work(x, ...) of `batch` windows at a time, joined; tick(tokens) after each."""
     out = []
-    for i, x in enumerate(x0.split(batch)):
-        out.append(token_nll(model, x, mask and mask[i], at and at[i]).cpu())
-        tick(x.numel())
+    for parts in zip(x0.split(batch), *(m.expand_as(x0).split(batch) for m in more), strict=True):
+        out.append(work(*parts).cpu())
+        tick(parts[0].numel())
     return torch.cat(out)
 
 
-def score_noise(model, x0, draws, seed, **how):
-    """(loss, k), each (draws, W, nb): every block's mean cross-entropy, and its masked tokens.
+def score_noise(score, x0, seed, **how):
+    """(loss, k), each (W, nb): every block's mean cross-entropy, and how many of it are masked."""
+    c = score.model.config
+    noise = corrupt_all_blocks(x0, c.block_size, c.mask_id, step_generator(seed, -1))
+    nll = in_batches(lambda x, m: token_nll(score, x, m[None])["single"][0], x0, noise.mask, **how)
+    blocks = len(x0), -1, c.block_size
+    return (nll * noise.weight).view(blocks).sum(-1), noise.mask.view(blocks).sum(-1)
 
-    `balanced` noise, stratified over groups of S / gcd(S, nb) windows. Their mean is the bound.
+
+@torch.no_grad()
+def score_rule(score, x0, rule="left_to_right", value=0, **how):
+    """(W,): exact NLL of text written by a rule, and (W,) passes a token. value: K, the passes of a
+    block (0: S), or tau of `threshold`, gamma of `entropy`.
+
+    The rule is replayed: each pass sees the tokens that it has revealed so far, chooses what to
+    reveal next from the model's own distributions, and adds -log p of those tokens, drawn jointly
+    where there is a local head. So it is the likelihood of a deterministic rule: of all but
+    `random`, whose order is not known.
     """
-    c, found = model.config, []
-    for r in range(draws):
-        noise = corrupt_all_blocks(x0, c.block_size, c.mask_id, step_generator(seed + r, -1))
-        blocks = (*noise.block.shape, c.block_size)
-        loss = score(model, x0, noise.mask, **how) * noise.weight
-        found.append((loss.view(blocks).sum(dim=-1), noise.mask.view(blocks).sum(dim=-1)))
-    return tuple(torch.stack(x) for x in zip(*found, strict=True))
+    model, c = score.model, score.model.config
+    S, knobs, steps = c.block_size, {"tau": 0.9, "gamma": 0.5}, value or c.block_size
+    if rule in ("threshold", "entropy"):
+        knobs["tau" if rule == "threshold" else "gamma"], steps = value, S
+
+    def logits(h, x0, seen):
+        if model.local is not None:
+            h = model.local(h, left_tokens(x0, seen, S, c.local_window, c.mask_id))
+        return model.logits(h).view(-1, S, c.vocab_size)
+
+    def replay(x0):
+        x0 = x0.to(model.cos.device)
+        masked = torch.ones_like(x0.view(-1, S), dtype=torch.bool)
+        total, passes, left = 0.0, 0.0, steps
+        while bool(masked.any()):
+            xt = x0.masked_fill(masked.view(x0.shape), c.mask_id)
+            h = model.stream_trunk(torch.stack([x0, xt]))[-1]
+            quota = -(-masked.sum(dim=1) // left)
+            now = RULES[rule](View(masked, logits(h, x0, xt), masked.double(), quota, **knobs))
+            seen = x0.masked_fill((masked & ~now).view(x0.shape), c.mask_id)
+            logp = logits(h, x0, seen).double().log_softmax(-1)
+            logp = logp.gather(-1, x0.view(-1, S, 1))[..., 0] * now
+            total = total - logp.view(x0.shape).sum(dim=1)
+            passes = passes + now.any(dim=1).view(len(x0), -1).sum(dim=1)
+            masked, left = masked & ~now, left - 1
+        return torch.stack([total, passes], dim=1) / x0.shape[1]
+
+    return in_batches(replay, x0, **how).unbind(dim=1)
 
 
-def score_chain(model, x0, **how):
-    """(W,) nats per token: a block's token j given its tokens 0..j-1; S passes score them all."""
-    c = model.config
-    if c.objective == "ar":
-        return score(model, x0, **how).mean(dim=1)
-    place = torch.arange(x0.shape[1]) % c.block_size
-    passes = (score(model, x0, place >= j, place == j, **how) for j in range(c.block_size))
-    return sum(nll.sum(dim=1) for nll in passes) / x0.shape[1]
-
-
-def score_exact(model, x0, **how):
-    """(bound, random order, chain), (W,) each in nats per token, from all 2^S - 1 mask sets A.
+def score_exact(score, x0, **how):
+    """(bound, random order, left to right), (W,) each, from all 2^S - 1 mask sets A: each token by
+    itself, as the bound has it.
 
     The bound of a block, per token:  sum_A sum_{i in A} -log p(x_i | rest) / (C(S, |A|) |A| S).
-    The likelihood of revealing it in a uniformly random order is f(all places), where
+    The likelihood of revealing it in a uniformly random order is f(all positions), where
 
         f(empty) = 1,   f(A) = 1/|A| * sum_{i in A} p(x_i | rest outside A) f(A without i):
 
     the mean over S! orders in 2^S - 1 steps, here in logarithms. By Jensen its NLL is <= the bound.
     """
-    S = model.config.block_size
-    blocks = (len(x0), -1, S)
-    log_f, bound, chain = {0: torch.zeros(1, dtype=torch.float64)}, 0.0, 0.0
-    for A in range(1, 2**S):  # bit i is place i, so A without i has come before A
+    S = score.model.config.block_size
+    log_f, bound, ltr = {0: torch.zeros(1, dtype=torch.float64)}, 0.0, 0.0
+    for A in range(1, 2**S):  # bit i is position i, so A without i has come before A
         inside = [i for i in range(S) if A >> i & 1]
         mask = torch.zeros(S, dtype=torch.bool)
         mask[inside] = True
-        nll = score(model, x0, mask.repeat(x0.shape[1] // S), **how).view(blocks)
+        mask = mask.repeat(x0.shape[1] // S)
+        nll = in_batches(lambda x, m: token_nll(score, x, m[None])["single"][0], x0, mask, **how)
+        nll = nll.view(len(x0), -1, S)
         k = len(inside)
         bound += nll.sum(dim=-1) / (math.comb(S, k) * k * S)
         paths = torch.stack([log_f[A ^ (1 << i)] - nll[..., i] for i in inside])
         log_f[A] = paths.logsumexp(dim=0) - math.log(k)
-        if k == S - inside[0]:  # every place from the first of A on: the chain's conditions
-            chain += nll[..., inside[0]] / S
-    return tuple(x.mean(dim=1) for x in (bound, -log_f[2**S - 1] / S, chain))
+        if k == S - inside[0]:  # every position from the first of A on: the chain rule's conditions
+            ltr += nll[..., inside[0]] / S
+    return tuple(x.mean(dim=1) for x in (bound, -log_f[2**S - 1] / S, ltr))
 
 
-# ---- errors --------------------------------------------------------------------------------------
-
-
-def window_error(x):
-    """Standard error of the mean of x (W,), windows taken as independent: how far another text of
-    this kind may lie. Noise is in it, and is overstated where its strata span several windows."""
-    return x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan
-
-
-def noise_error(loss, group):
-    """Standard error of the mean of loss (draws, W) on this very text, over the noise alone.
-
-    Draws are independent, and so are groups of `group` windows, which share their strata: the
-    variance is the sum over groups of the variance, between draws, of what they add to the mean,
-    divided by the draws. NaN for a single draw.
-    """
-    draws, W = loss.shape
-    unit = torch.arange(W) // group
-    share = torch.zeros(draws, int(unit[-1]) + 1, dtype=torch.float64).index_add_(1, unit, loss / W)
-    return math.sqrt(share.var(dim=0).sum().item() / draws) if draws > 1 else math.nan
-
-
-def by_regression(y, x, x_all):
-    """(mean, standard error) over W windows of y, known on n random ones, by help of x.
-
-        mean = mean(y) + b (mean(x_all) - mean(x)),   b = cov(x, y) / var(x)
-        error^2 = (1 - n / W) * residual variance / n      (Cochran, Sampling Techniques, ch. 7)
-
-    y and x (n,), n >= 3; x_all (W,). When all windows are known it is their mean, without error.
-    """
-    n, W = len(y), len(x_all)
-    if n == W:
-        return y.mean().item(), 0.0
-    dx, dy = x - x.mean(), y - y.mean()
-    b = dx @ dy / (dx @ dx).clamp(min=1e-30)
-    residual = (dy - b * dx).square().sum().item() / (n - 2)
-    mean = y.mean() + b * (x_all.mean() - x.mean())
-    return mean.item(), math.sqrt((1 - n / W) * residual / n)
-
-
-def some_of(count, most, seed):
-    """(min(most, count),) ascending indices below `count`, chosen at random; all if most is 0."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return order[: most or count].sort().values
-
-
-# ---- the three jobs ------------------------------------------------------------------------------
+# ---- the jobs ------------------------------------------------------------------------------
 
 
 class Evaluation:
@@ -184,12 +318,12 @@ class Evaluation:
         self.s, self.device = s, choose_device(s.device)
         self.say = (lambda line: None) if s.json else lambda line: print(line, flush=True)
         self.model, self.state = load_model(s.out_dir, self.device)
-        self.c, trained = self.model.config, self.state["settings"]
+        self.score, self.c, trained = Score(self.model), self.model.config, self.state["settings"]
         self.tokenizer = Tokenizer.from_meta(self.state["meta"])
         name = s.dataset or trained.get("dataset")
         if not name:
             raise SettingsError(f"{s.out_dir} does not say what it was trained on: give --dataset")
-        data = load_dataset(name)
+        self.data = data = load_dataset(name)
         check_vocabulary(self.state["meta"], data.meta, f"--dataset={name}")
         self.text = data.split(s.split)
         tokens = self.state["step"] * trained.get("batch_size", 0) * self.c.seq_len
@@ -197,7 +331,7 @@ class Evaluation:
             "run": s.out_dir, "objective": self.c.objective, "block_size": self.c.block_size,
             "seq_len": self.c.seq_len, "parameters": self.model.count_parameters(),
             "train_seed": trained.get("seed"), "step": self.state["step"], "train_tokens": tokens,
-            "train_tokens_per_s": tokens / max(self.state["seconds"], 1e-9), "dataset": data.name,
+            "train_minutes": self.state["seconds"] / 60, "dataset": data.name,
             "split": s.split, "bytes_per_token": self.text.bytes_per_token,
         }
         kind = "autoregressive" if self.c.objective == "ar" else f"blocks of {self.c.block_size}"
@@ -230,47 +364,86 @@ class Evaluation:
         def tick(tokens):
             nonlocal done
             done += tokens
-            bar.close() if done == bar.total else bar.update(done)
+            bar.close() if done >= bar.total else bar.update(done)
 
         return {"batch": self.s.batch, "tick": tick}
 
-    def line(self, name, sign, mean, error, note=""):
-        """Say a likelihood in nats per token, bits per byte and perplexity."""
+    def line(self, name, sign, each, passes=None):
+        """Say a likelihood in nats per token, bits per byte and perplexity; its figures by name."""
+        mean, error = each.mean().item(), window_error(each)
         bits = mean / math.log(2) / self.text.bytes_per_token
         self.say(
-            f"{name:12s} {sign:>2} {mean:.4f} +- {error:.4f} nats/token  {sign:>2} {bits:.4f} "
-            f"bits/byte  {sign:>2} {math.exp(mean):.3f} perplexity{note}"
+            f"{name:20s} {sign:>2} {mean:.4f} +- {error:.4f} nats/token  {sign:>2} {bits:.4f} "
+            f"bits/byte  {sign:>2} {math.exp(mean):.3f} perplexity"
+            + (f"  {passes:.3f} passes/token" if passes else "")
         )
+        return {name: mean, f"{name}_error": error}
+
+    def control(self):
+        """The n-gram of the training text, or None."""
+        if not self.s.ngram:
+            return None
+        text = self.data.split("train")
+        return NGram(text.window([0], min(len(text), 10**7))[0], self.c.vocab_size, self.s.ngram)
 
     def likelihood(self):
-        """Bound, chain and the bound's shape over k; of an autoregressive model the NLL."""
-        s, S, x0 = self.s, self.c.block_size, self.cut(self.c.seq_len, self.s.windows)
-        W, ar = len(x0), self.c.objective == "ar"
-        some = some_of(W, 0 if ar else s.chain_windows, s.seed)
-        draws, found = 0 if ar else s.draws, {"windows": W, "chain_windows": len(some)}
-        each = torch.full((W,), math.nan)
-        noise = math.nan
-        if not ar:
-            loss, k = score_noise(self.model, x0, draws, s.seed, **self.how(W * draws))
-            each = loss.mean(dim=(0, 2))
-            noise = noise_error(loss.mean(dim=2), S // math.gcd(S, self.c.seq_len // S))
-            note = f"  (noise alone {noise:.4f})" if draws > 1 else ""
-            self.line("bound", "<=", each.mean().item(), window_error(each), note)
-        chain = score_chain(self.model, x0[some], **self.how(len(some) * S))
-        mean, miss = by_regression(chain, each[some], each)
-        error = math.hypot(window_error(chain) * math.sqrt(len(some) / W), miss)
-        note = f"  ({W - len(some):,} windows left out alone {miss:.4f})" if miss else ""
-        self.line("NLL" if ar else "chain", "=", mean, error, note)
-        found |= {
-            "draws": draws, "bound": each.mean().item(), "bound_error": window_error(each),
-            "bound_noise": noise, "chain": mean, "chain_error": error, "chain_noise": miss,
-        }
-        if S > 1:
-            count = torch.bincount(k.flatten(), minlength=S + 1)[1:]
-            total = torch.bincount(k.flatten(), loss.flatten(), minlength=S + 1)[1:]
+        """Every level, the bound's shape over k, rules at K passes, and the control."""
+        s, c, x0 = self.s, self.c, self.cut(self.c.seq_len, self.s.windows)
+        found, every = {"windows": len(x0)}, torch.ones(1, c.seq_len, dtype=torch.bool)
+        if c.context == "causal":
+            def gpt(x):
+                nll = token_nll(self.score, x, every.expand(1, *x.shape))
+                first = nll["joint"][0, :, 0] if "joint" in nll else 0.0
+                return (nll["gpt"].sum(dim=1) + first) / c.seq_len
+
+            found |= self.line("gpt", "=", in_batches(gpt, x0, **self.how(len(x0))))
+        if c.objective == "diffusion":
+            loss, k = score_noise(self.score, x0, s.seed, **self.how(len(x0)))
+            found |= self.line("bound", "<=", loss.mean(dim=1))
+        control = self.control()
+        if control:
+            found |= self.line(f"{s.ngram}-gram", "=", control.nll(x0))
+        if c.objective == "ar":
+            return [found]
+        x0 = self.cut(c.seq_len, s.rule_windows)
+        for rule, K in rule_grid(s.rows, c, exact=True):
+            nll, passes = score_rule(self.score, x0, rule, K, **self.how(len(x0)))
+            found |= self.line(f"{rule} {K:g}", "=", nll, passes.mean().item())
+        if c.block_size > 1:
+            count = torch.bincount(k.flatten(), minlength=c.block_size + 1)[1:]
+            total = torch.bincount(k.flatten(), loss.flatten(), minlength=c.block_size + 1)[1:]
             found["by_k"] = (total / count).tolist()
             self.say(chart(total, count))
         return [found]
+
+    def drafts(self):
+        """Tokens a pass of mode verify at temperature 1, by the block level and by the control, and
+        how often draft i is accepted where it is reached."""
+        s, table = self.s, []
+        n = s.sample_tokens or self.c.seq_len
+        self.say(f"samples    {s.num_samples} of {n} tokens a row from nothing, temperature 1\n\n"
+                 "drafter          drafts  tokens/pass   accepted, draft by draft")
+        control = self.control()
+        drafters = {"block level": None} | ({f"{s.ngram}-gram": control} if control else {})
+        for name, drafter in drafters.items():
+            tokens, accepted, passes = 0, torch.zeros(self.c.block_size), 0
+            offered = torch.zeros(self.c.block_size)
+            for step in generate_stream(self.model, [[]] * s.num_samples, n, mode="verify",
+                                        seed=s.seed, drafter=drafter):
+                if step.accepted is None or step.done.any():
+                    continue
+                tokens, passes = tokens + int(step.accepted.sum()) + s.num_samples, passes + 1
+                D = step.block.shape[1] - 1
+                for i in range(D):
+                    offered[i] += int((step.accepted >= i).sum())
+                    accepted[i] += int((step.accepted > i).sum())
+            rate = tokens / max(1, passes) / s.num_samples
+            shares = (accepted / offered.clamp(min=1))[: self.c.block_size - 1].tolist()
+            table.append({"drafter": name, "drafts": self.c.block_size - 1, "tokens_per_pass": rate,
+                          "accepted": shares})
+            self.say(f"{name:16s} {self.c.block_size - 1:6d} {rate:12.3f}   "
+                     + " ".join(f"{x:.2f}" for x in shares))
+        return table
 
     def exact(self):
         """The bound by enumeration, how loose it is, and whether the estimate finds it."""
@@ -280,37 +453,26 @@ class Evaluation:
         if S > 8:
             raise SettingsError(
                 f"--exact needs 2^S - 1 passes, {2**S - 1:,} at S = {S}, and stops at S = 8: the "
-                "chain likelihood, printed without --exact, is exact at any S"
+                "NLL of left_to_right, printed without --exact, is exact at any S"
             )
-        x0 = self.cut(self.c.seq_len, s.windows)
-        x0 = x0[some_of(len(x0), s.exact_windows, s.seed)]
-        self.say(f"           {len(x0)} of these at random, {2**S - 1} mask sets of each block")
-        draws = max(s.draws, 8)
-        how = self.how(len(x0) * (2**S - 1 + draws))
-        bound, order, chain = score_exact(self.model, x0, **how)
-        loss, _ = score_noise(self.model, x0, draws, s.seed, **how)
+        x0 = self.cut(self.c.seq_len, s.exact_windows)
+        how = self.how(len(x0) * 2**S)
+        bound, order, ltr = score_exact(self.score, x0, **how)
+        estimate = score_noise(self.score, x0, s.seed, **how)[0].mean(dim=1)
         found = {"windows": len(x0)}
-        for name, sign, each in (("bound", "<=", bound), ("random order", "=", order),
-                                 ("chain", "=", chain), ("looseness", None, bound - order)):
-            mean, error = each.mean().item(), window_error(each)
-            key = name.replace(" ", "_")
-            found |= {key: mean, f"{key}_error": error}
-            if sign:
-                self.line(name, sign, mean, error)
-        self.say(f"the bound lies {mean:.4f} +- {error:.4f} nats/token above the random order")
-        noise = noise_error(loss.mean(dim=2), S // math.gcd(S, self.c.seq_len // S))
-        found |= {"draws": draws, "estimate": loss.mean().item(), "estimate_noise": noise}
-        self.say(
-            f"its estimate by {draws} noise draws on the same windows: <= {found['estimate']:.4f} "
-            f"+- {noise:.4f}, off by {found['estimate'] - found['bound']:+.4f}"
-        )
+        for name, sign, each in (("exact bound", "<=", bound), ("random order", "=", order),
+                                 ("left to right", "=", ltr), ("estimated bound", "<=", estimate)):
+            found |= self.line(name, sign, each)
+        for name, off in (("the exact bound above the random order's NLL", bound - order),
+                          ("the estimate above the exact bound", estimate - bound)):
+            self.say(f"{name}: {off.mean().item():+.4f} +- {window_error(off):.4f} nats/token")
         return [found]
 
     def samples(self):
         """Each rule's text under the judge; the first row is held-out text of the same length."""
         s, n = self.s, self.s.sample_tokens or self.c.seq_len
-        grid = sample_grid(s.rows, self.c)
-        judge, name = load_judge(s.judge, self.state, self.tokenizer, self.device)
+        grid = rule_grid(s.rows, self.c)
+        judge, name = load_judge(s.judge, self.state, self.tokenizer, self.device, ar_nll)
         held_out, table = self.cut(n, s.num_samples), []
         self.say(
             f"judge      {name}\nsamples    {s.num_samples} of {n} tokens a row from nothing, one "
@@ -349,22 +511,27 @@ def chart(total, count, most=16):
     return "\n".join(lines)
 
 
-def sample_grid(rows, c):
-    """[(rule, value)] of the setting `rows`; if empty K = S, S/2, S/4 and the adaptive rules."""
+def rule_grid(rows, c, exact=False):
+    """[(rule, value)] of the setting `rows`; if empty, K = S, S/2, S/4 ... 1 and adaptive rules.
+    `exact`: of the deterministic rules."""
     if not rows and c.objective == "ar":
         return [("left_to_right", 1)]
     if not rows:
-        steps = sorted({max(1, c.block_size // d) for d in (1, 2, 4)}, reverse=True)
-        grid = [(rule, K) for rule in ("random", "left_to_right", "confidence") for K in steps]
+        steps = sorted({max(1, c.block_size // 2**i) for i in range(8)}, reverse=True)
+        rules = ["random"] * (not exact) + ["left_to_right", "confidence"]
+        grid = [(rule, K) for rule in rules for K in steps]
         return [*grid, ("threshold", 0.9), ("threshold", 0.5), ("entropy", 0.1), ("entropy", 1.0)]
     try:
         pairs = [row.strip().split(":") for row in rows.split(",")]
         grid = [(r, float(v) if r in ("threshold", "entropy") else int(v)) for r, v in pairs]
     except ValueError:
         raise SettingsError("write --rows=random:8,threshold:0.9,entropy:0.5 (rule:K)") from None
-    for rule, _ in grid:
-        if rule not in RULES:
-            raise SettingsError(f"unknown rule {rule!r} in --rows: one of {', '.join(RULES)}")
+    for rule, value in grid:
+        if rule not in RULES or (exact and rule == "random"):
+            names = ", ".join(r for r in RULES if not exact or r != "random")
+            raise SettingsError(f"unknown rule {rule!r} in --rows: one of {names}")
+        if rule not in ("threshold", "entropy") and not 1 <= value <= c.block_size:
+            raise SettingsError(f"--rows={rule}:{value}: K must lie in 1..{c.block_size}")
     return grid
 
 
@@ -378,23 +545,12 @@ def generate_timed(model, rule, value, tokens, s):
     began, passes = time.perf_counter(), 0
     for step in generate_stream(model, [[]] * s.num_samples, tokens, rule=rule, seed=s.seed,
                                 temperature=s.temperature, **{name: value}):
-        passes = passes + step.revealed.any(dim=1).double()
+        passes = passes + step.new.any(dim=1).double()
     text = torch.tensor(step.rows())
     return text, passes.mean().item() / tokens, text.numel() / (time.perf_counter() - began)
 
 
 # ---- the command ---------------------------------------------------------------------------------
-
-
-def check_settings(s):
-    if s.exact and s.samples:
-        raise SettingsError("one at a time: --exact=true or --samples=true")
-    for name, least in (("windows", 0), ("chain_windows", 0), ("sample_tokens", 0), ("draws", 1),
-                        ("batch", 1), ("exact_windows", 1), ("num_samples", 2)):
-        if getattr(s, name) < least:
-            raise SettingsError(f"--{name} must be at least {least}, not {getattr(s, name)}")
-    if s.chain_windows in (1, 2):
-        raise SettingsError("--chain_windows must be 3 or more to have an error; 0 for all")
 
 
 def append_csv(path, table):
@@ -430,8 +586,11 @@ def plain(value):
 def main(argv):
     try:
         s = SimpleNamespace(**override(DEFAULTS, argv))
-        check_settings(s)
-        job = "exact" if s.exact else "samples" if s.samples else "likelihood"
+        check_settings(s, {}, RANGES)
+        asked = [job for job in ("drafts", "exact", "samples") if getattr(s, job)]
+        if len(asked) > 1:
+            raise SettingsError(f"one at a time: --{' or --'.join(asked)}")
+        job = (asked or ["likelihood"])[0]
         evaluation = Evaluation(s)
         table = getattr(evaluation, job)()
         if s.json:

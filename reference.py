@@ -8,8 +8,8 @@ mistake in model.py cannot be repeated by import. When the two disagree, this fi
 
   part 1  attention with one head and no rotary embedding, with and without a cache of finished
           blocks. Running the file checks this part against itself.
-  part 2  the whole network and the training loss as functions of a state_dict. test_all.py holds
-          model.py to it, at sizes like N = 32 tokens and C = 64 channels.
+  part 2  the whole network, its local head and the terms of the loss as functions of a state_dict.
+          test_all.py holds model.py to it, at sizes like N = 32 tokens and C = 64 channels.
 
 Letters: B batch, N tokens, S tokens in a diffusion block, nb = N // S blocks, C width, H query
 heads, Hkv key/value heads, D = C // H head width, V real tokens (token V is the mask).
@@ -48,15 +48,15 @@ def block_causal_rule(S):
     return lambda i, j: j // S <= i // S
 
 
-def two_stream_rule(N, S):
+def two_stream_rule(N, S, causal=False):
     """Indices 0..N-1 are the clean tokens, N..2N-1 the noisy tokens at the same N positions.
 
     A noisy block must predict its own clean copy, so that is the one past block it cannot see.
 
     nb = 3, by block    clean keys   noisy keys
                          0  1  2      0  1  2
-      clean query 0      x  .  .      .  .  .
-                  1      x  x  .      .  .  .
+      clean query 0      x  .  .      .  .  .     causal: of its own block a clean query sees only
+                  1      x  x  .      .  .  .     the tokens up to itself
                   2      x  x  x      .  .  .
       noisy query 0      .  .  .      x  .  .
                   1      x  .  .      .  x  .
@@ -65,12 +65,18 @@ def two_stream_rule(N, S):
 
     def visible(i, j):
         if i < N:  # clean query
-            return j < N and j // S <= i // S
+            return j < N and (j <= i if causal else j // S <= i // S)
         if j < N:  # noisy query, clean key
             return j // S < (i - N) // S
         return (j - N) // S == (i - N) // S
 
     return visible
+
+
+def draft_rule(lo, before):
+    """Tokens 0..lo-1 are finished text, read by the rule `before`; behind them is one noisy block,
+    which sees the text and all of itself."""
+    return lambda i, j: j < lo and before(i, j) if i < lo else True
 
 
 def reference_attention(q, k, v, visible):
@@ -159,46 +165,25 @@ def rotate(x, base):
     return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
 
-def neighbours(weight, config, tokens):
-    """(B, N, C): what the `config.neighbours` tokens on either side of each add to its embedding.
-
-    The neighbour at j = i + d is seen when j // S <= i // S, as by attention; [MASK] stands for one
-    that is not, or lies outside of the text. Offsets d that are seen from no place are left out.
-    """
-    B, N = tokens.shape
-    w, S, mask_id = config.neighbours, config.block_size, config.vocab_size
-    joined = []
-    for d in range(-w, w + 1):
-        if d == 0 or d >= S:
-            continue
-        column = []
-        for i in range(N):
-            j = i + d
-            seen = 0 <= j < N and j // S <= i // S
-            column.append(tokens[:, j] if seen else torch.full((B,), mask_id))
-        joined.append(weight["near.embed.weight"][torch.stack(column, dim=1)])  # (B, N, width)
-    return torch.cat(joined, dim=-1) @ weight["near.mix.weight"].T
+def context_rule(config):
+    """How finished text is read."""
+    return causal_rule if config.context == "causal" else block_causal_rule(config.block_size)
 
 
-def reference_logits(state_dict, config, tokens):
-    """Logits of one stream: tokens (B, N), real or mask -> float64 (B, N, V) on the CPU.
+def reference_trunk(state_dict, config, tokens, visible):
+    """What the heads read, of one stream: tokens (B, N), real or mask -> float64 (B, N, C).
 
-        x_i = embed[tokens_i] + near.mix [near.embed[tokens_j] of the neighbours j of i in order]
+        x_i = embed[tokens_i]
         x = x + o(attention(q, k, v))           q, k, v from  h = rms_norm(x)
         x = x + down(silu(gate(h)) * up(h))     with          h = rms_norm(x)     per layer
-        logits = head(rms_norm(x))
 
-    "diffusion" is block-causal and the logits at i are about token i itself; "ar" is causal and
-    they are about token i + 1. Differentiable in the tensors of state_dict.
+    Differentiable in the tensors of state_dict.
     """
     weight = {name: exact(t) for name, t in state_dict.items()}
-    visible = {"diffusion": block_causal_rule(config.block_size), "ar": causal_rule}
     H, Hkv, eps = config.n_head, config.n_kv_head, config.norm_eps
     D = config.n_embd // H
 
     x = weight["embed.weight"][tokens.cpu()]  # (B, N, C)
-    if config.neighbours:
-        x = x + neighbours(weight, config, tokens.cpu())
     for layer in range(config.n_layer):
         prefix = f"blocks.{layer}."  # "blocks.0.attn.q.weight" becomes w["attn.q"]
         w = {n[len(prefix) : -len(".weight")]: t for n, t in weight.items() if n.startswith(prefix)}
@@ -214,48 +199,104 @@ def reference_logits(state_dict, config, tokens):
             if config.qk_norm:
                 qh, kh = rms_norm(qh, w["attn.q_norm"], eps), rms_norm(kh, w["attn.k_norm"], eps)
             qh, kh = rotate(qh, config.rope_base), rotate(kh, config.rope_base)
-            heads.append(reference_attention(qh, kh, vh, visible[config.objective]))
+            heads.append(reference_attention(qh, kh, vh, visible))
         x = x + torch.cat(heads, dim=-1) @ w["attn.o"].T  # (B, N, H*D) -> (B, N, C)
 
         h = rms_norm(x, w["mlp_norm"], eps)
-        gate = h @ w["mlp.gate"].T
-        x = x + (gate * torch.sigmoid(gate) * (h @ w["mlp.up"].T)) @ w["mlp.down"].T
-
-    # The mask embedding is row V: a head tied to the embedding leaves it out.
-    V = config.vocab_size
-    head = weight["embed.weight"][:V] if config.tie_embeddings else weight["head.weight"]
-    return rms_norm(x, weight["norm.weight"], eps) @ head.T  # (B, N, V)
+        x = x + swiglu(h, w["mlp.gate"], w["mlp.up"], w["mlp.down"])
+    return x
 
 
-def reference_two_stream_logits(state_dict, config, x0, xt):
+def swiglu(z, gate, up, down):
+    """down(silu(gate z) * (up z))"""
+    gate = z @ gate.T
+    return (gate * torch.sigmoid(gate) * (z @ up.T)) @ down.T
+
+
+def reference_head(state_dict, config, x):
+    """Logits of what the trunk or the local head gave: head(rms_norm(x)), (..., C) -> (..., V).
+
+    The mask embedding is row V: a head tied to the embedding leaves it out.
+    """
+    table = "embed.weight" if config.tie_embeddings else "head.weight"
+    norm, head = exact(state_dict["norm.weight"]), exact(state_dict[table])[: config.vocab_size]
+    return rms_norm(x, norm, config.norm_eps) @ head.T
+
+
+def reference_local(state_dict, config, x, left):
+    """The local head at one position: x (B, C), left (B, w) = tokens i-1 .. i-w -> (B, C).
+
+        z = [rms_norm(x), e(x_{i-1}), ..., e(x_{i-w})],    x + down(silu(gate z) * (up z))
+    """
+    w = {name[6:-7]: exact(t) for name, t in state_dict.items() if name.startswith("local.")}
+    z = [rms_norm(x, w["norm"], config.norm_eps), *(w["embed"][t] for t in left.T)]
+    return x + swiglu(torch.cat(z, dim=-1), w["gate"], w["up"], w["down"])
+
+
+def reference_logits(state_dict, config, tokens):
+    """Logits of one stream of finished text: (B, N) -> (B, N, V). With a causal context they are
+    about token i + 1, with a block context about token i itself."""
+    x = reference_trunk(state_dict, config, tokens, context_rule(config))
+    return reference_head(state_dict, config, x)
+
+
+def left_of(config, x0, xt, joint, position):
+    """(B, w): the tokens to the left of `position`, as the local head sees them. Tokens of earlier
+    blocks are finished text; those of its own are noisy, or clean too where they are drawn in the
+    same pass (joint). There is [MASK] before the first."""
+    first = position // config.block_size * config.block_size
+    column = []
+    for j in range(position - 1, position - 1 - config.local_window, -1):
+        if j < 0:
+            column.append(torch.full((len(x0),), config.vocab_size))
+        else:
+            column.append((x0 if joint or j < first else xt)[:, j])
+    return torch.stack(column, dim=1)
+
+
+def reference_block_logits(state_dict, config, x0, xt, joint=False):
     """Logits of every noisy block given the clean blocks before it: x0, xt (B, N) -> (B, N, V).
 
     What training computes in one pass over two streams is, by definition, what the sampler does
     block by block: run [x0^0, ..., x0^{b-1}, xt^b] and keep the logits of the last S positions.
+    `joint`: with the tokens to the left shown to the local head, else masked ones appear as [MASK].
     """
-    assert config.objective == "diffusion", "the two streams are only defined for diffusion"
     N, S = x0.shape[1], config.block_size
     assert N % S == 0, f"{N} tokens are not a whole number of blocks of {S}"
-    # Widened once, so that gradients add up over the blocks in float64 and are rounded at the end.
-    state_dict = {name: exact(t) for name, t in state_dict.items()}
     logits = []
     for lo in range(0, N, S):
         tokens = torch.cat([x0[:, :lo], xt[:, lo : lo + S]], dim=1)  # (B, (b + 1) * S)
-        logits.append(reference_logits(state_dict, config, tokens)[:, lo:])
-    return torch.cat(logits, dim=1)
+        x = reference_trunk(state_dict, config, tokens, draft_rule(lo, context_rule(config)))
+        for i in range(lo, lo + S):
+            h = x[:, i]
+            if config.local_window:
+                h = reference_local(state_dict, config, h, left_of(config, x0, xt, joint, i))
+            logits.append(reference_head(state_dict, config, h))
+    return torch.stack(logits, dim=1)
 
 
-def reference_two_stream_loss(state_dict, config, x0, xt, weight):
-    """loss = 1 / (B nb) * sum_i weight_i * -log softmax(logits_i)[x0_i],   a float64 scalar.
+def reference_terms(state_dict, config, x0, xt, weight, share):
+    """{term: float64 scalar} of the loss, in nats per token. x0, xt, weight, share (B, N).
 
-    x0, xt, weight (B, N), and weight is 0 wherever xt is not masked. A weight of 1 / k (k masks in
-    the block) gives each block the mean over its masks, so the loss is in nats per token.
-    Differentiable in the tensors of state_dict.
+        bound = 1 / (B nb) sum_i weight_i * -log p(x0_i | xt)       masked left tokens as [MASK]
+        joint = 1 / (B nb) sum_i share_i  * -log p(x0_i | xt, left) left tokens shown
+        gpt   = 1 / (B (N - 1)) sum_{i>0} -log p(x0_i | x0_{<i})    causal context alone
+
+    weight and share are 0 wherever xt is not masked. A weight of 1 / k (k masks in the block) gives
+    each block the mean over its masks. Differentiable in the tensors of state_dict.
     """
-    log_p = reference_two_stream_logits(state_dict, config, x0, xt).log_softmax(-1)
-    nll = -log_p.gather(-1, x0.cpu().unsqueeze(-1)).squeeze(-1)  # (B, N)
+    # Widened once, so that gradients add up in float64 and are rounded at the end.
+    state_dict = {name: exact(t) for name, t in state_dict.items()}
     B, N = x0.shape
-    return (exact(weight) * nll).sum() / (B * (N // config.block_size))
+    terms = {}
+    for name, joint, w in (("bound", False, weight), ("joint", True, share)):
+        log_p = reference_block_logits(state_dict, config, x0, xt, joint).log_softmax(-1)
+        nll = -log_p.gather(-1, x0.cpu().unsqueeze(-1)).squeeze(-1)  # (B, N)
+        terms[name] = (exact(w) * nll).sum() / (B * (N // config.block_size))
+    if config.context == "causal":
+        log_p = reference_logits(state_dict, config, x0)[:, :-1].log_softmax(-1)
+        terms["gpt"] = -log_p.gather(-1, x0[:, 1:].cpu().unsqueeze(-1)).mean()
+    return terms
 
 
 # ------------------------------------------------------------------------------------------------

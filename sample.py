@@ -1,42 +1,52 @@
-"""Write text block by block from a checkpoint, and watch it crystallise.
+"""Write text from a checkpoint, several tokens a pass, and watch it crystallise.
 
     python sample.py                                        from nothing, the nano of train.py
-    python sample.py --prompt="KING." --steps=4             half the passes at S=8
-    python sample.py --prompt=FILE:path --rule=threshold    a prompt from a file; "-" is stdin
+    python sample.py --prompt="KING." --mode=gpt            a token a pass, the same distribution
+    python sample.py --mode=block --steps=2                 the block level, two passes a block
+    python sample.py --prompt=FILE:path                     a prompt from a file; "-" is stdin
     python sample.py --num_samples=4 --delay=0.1 | cat      in a pipe: plain text only
 
 As a library: `from sample import generate`; `generate_stream` yields after every forward pass.
 
-A block starts as S masks. Each forward pass predicts all of them, a rule chooses which to keep,
-and after `steps` passes (K) none is left. The pass that writes a finished block into the cache is
-the first pass of the next block, so K passes a block are all there are; NFE counts them.
+    mode     a pass yields                                    whose distribution
+    gpt      one token                                        the GPT level's
+    block    S / K tokens, revealed by a rule; with a local   the block level's
+             head those of one pass are drawn jointly
+    verify   as many drafts as the GPT level accepts, and     the GPT level's, exactly
+             one token more
+
+NFE counts forward passes of the network. A prompt is read by a pass of its own; a finished block is
+committed by the first pass of the next one, so a block costs K passes.
 """
 
 import os
-import re
-import shutil
 import signal
 import sys
 import time
-import unicodedata
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 
-from checkpoint import load_model
-from configurator import SettingsError, fail, override, public
-from dataset import DataError, Tokenizer
-from machine import choose_device
-from model import BlockCache, CudaGraphs
+from model import build_block_causal_mask, wanted_dtype
+from util.checkpoint import load_model
+from util.configurator import SettingsError, fail, override, public
+from util.dataset import DataError, Tokenizer
+from util.display import Display, printable
+from util.machine import autocast, choose_device, choose_dtype
 
 # ---- settings ----------------------------------------------------------------------------------
 out_dir = "out/nano"  # or a checkpoint file
 prompt = ""  # text; FILE:path reads a file, - reads standard input
 num_samples = 1
 max_new_tokens = 500
+mode = "auto"  # gpt, block or verify; auto: verify where there is a GPT level, else block
+drafts = 0  # mode verify: drafts in a pass, 1..S-1; 0 = S - 1
+branches = 0  # mode verify: for how many numbers of accepted drafts a pass drafts on; 0 = all
+# mode block
 rule = "confidence"  # random, confidence, threshold, entropy, left_to_right
 steps = 0  # K, forward passes per block, 1..S; 0 = S. threshold and entropy choose by themselves
 temperature = 0.8  # 1 = the trained distribution, 0 = greedy
@@ -44,13 +54,14 @@ top_k = 0  # keep the k most probable tokens; 0 = all
 top_p = 1.0  # keep the most probable tokens up to this much probability
 tau = 0.9  # rule threshold: reveal what is at least this certain
 gamma = 0.5  # rule entropy: nats of joint uncertainty allowed per pass
+# every mode
 stop = ""  # text of one token that ends a sample
 seed = 1337
 block_size = 0  # 0 = as trained; another needs --any_block_size=true
 any_block_size = False
 delay = 0.0  # seconds between frames, for watching
-cuda_graphs = False  # on CUDA: replay recorded passes
 device = "auto"
+dtype = "auto"  # bfloat16 on a GPU that multiplies it, else float32
 # -------------------------------------------------------------------------------------------------
 DEFAULTS = public(dict(globals()))
 
@@ -62,20 +73,29 @@ DEFAULTS = public(dict(globals()))
 class View:
     """What a rule sees of the current blocks, one row per sample.
 
-    masked (B, S) bool; certainty (B, S), the largest probability of each position; entropy (B, S)
-    in nats; both of the model's own distribution, before temperature and truncation, and without
-    the drawn token: a rule that looked at the draw would prefer likely draws and so sharpen the
-    distribution. order (B, S): a uniformly random order, fixed per block. quota (B,): positions
+    masked (B, S) bool; logits (B, S, V), the model's own, before temperature and truncation, and
+    without the drawn token: a rule that looked at the draw would prefer likely draws and so sharpen
+    the distribution. order (B, S): a uniformly random order, fixed per block. quota (B,): positions
     to reveal so that the block ends on time, ceil(remaining / steps left).
     """
 
     masked: torch.Tensor
-    certainty: torch.Tensor
-    entropy: torch.Tensor
+    logits: torch.Tensor
     order: torch.Tensor
     quota: torch.Tensor
     tau: float
     gamma: float
+
+    # to six decimals: positions that are alike but for rounding are then revealed from the left
+
+    def certainty(self):
+        """(B, S) float64: the largest probability of each position."""
+        return self.logits.double().log_softmax(dim=-1).amax(dim=-1).exp().round(decimals=6)
+
+    def entropy(self):
+        """(B, S) float64, in nats."""
+        logp = self.logits.double().log_softmax(dim=-1)
+        return -(logp.exp() * logp).sum(dim=-1).round(decimals=6)
 
 
 def _first(key, masked, count):
@@ -92,30 +112,28 @@ def random(v):
 
 def left_to_right(v):
     """From the left: with K = S the chain rule inside the block."""
-    place = torch.arange(v.masked.shape[1], device=v.masked.device, dtype=v.order.dtype)
-    return _first(place.expand_as(v.order), v.masked, v.quota)
+    return v.masked & (v.masked.cumsum(dim=1) <= v.quota.unsqueeze(1))
 
 
 def confidence(v):
     """The most certain positions."""
-    return _first(-v.certainty, v.masked, v.quota)
+    return _first(-v.certainty(), v.masked, v.quota)
 
 
 def threshold(v):
     """Every position at least `tau` certain, and the most certain one in any case."""
-    one = torch.ones_like(v.quota)
-    return (v.masked & (v.certainty >= v.tau)) | _first(-v.certainty, v.masked, one)
+    certainty = v.certainty()
+    return (v.masked & (certainty >= v.tau)) | _first(-certainty, v.masked, (v.quota > 0).long())
 
 
 def entropy(v):
     """The EB rule (arXiv 2505.24857): positions by rising entropy, as many as keep
     sum of entropies - largest entropy <= gamma, which bounds what drawing them together,
     as if independent, can cost in nats."""
-    key = v.entropy.masked_fill(~v.masked, torch.inf)
-    ranked, place = key.sort(dim=1, stable=True)
+    ranked, position = v.entropy().masked_fill(~v.masked, torch.inf).sort(dim=1, stable=True)
     # the largest of a prefix is its last, so the condition is on the sum of those before it
-    before = torch.cat([torch.zeros_like(ranked[:, :1]), ranked[:, :-1].cumsum(dim=1)], dim=1)
-    return v.masked & torch.zeros_like(v.masked).scatter(1, place, before <= v.gamma)
+    before = F.pad(ranked[:, :-1].cumsum(dim=1), (1, 0))
+    return v.masked & torch.zeros_like(v.masked).scatter(1, position, before <= v.gamma)
 
 
 RULES = {f.__name__: f for f in (random, confidence, threshold, entropy, left_to_right)}
@@ -138,10 +156,10 @@ def truncated_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
         kept = p.topk(top_k, dim=-1)
         p = torch.zeros_like(p).scatter(-1, kept.indices, kept.values)
     if top_p < 1.0:
-        ranked, place = p.sort(dim=-1, descending=True, stable=True)
+        ranked, token = p.sort(dim=-1, descending=True, stable=True)
         before = ranked.cumsum(dim=-1) - ranked
         keep = before < top_p * ranked.sum(dim=-1, keepdim=True)
-        p = torch.zeros_like(p).scatter(-1, place, ranked * keep)
+        p = torch.zeros_like(p).scatter(-1, token, ranked * keep)
     return p / p.sum(dim=-1, keepdim=True)
 
 
@@ -152,6 +170,78 @@ def draw(p, generator):
     return (p / race).argmax(dim=-1)
 
 
+# ---- the cache ---------------------------------------------------------------------------------
+
+
+class BlockCache:
+    """Already-rotated keys and the values of finished tokens, preallocated; each row has its own
+    `length`. Memory: 2 * n_layer * n_kv_head * head_dim * bytes of an element, for each token.
+
+    A pass writes its keys behind `length`, and the next pass overwrites them but for the first
+    `stay` tokens, by which `length` moves. Those must be final, so that keys computed while a
+    block was noisy never remain.
+    """
+
+    def __init__(self, config, batch, capacity, device="cpu", dtype=torch.float32):
+        shape = (config.n_layer, batch, capacity, config.n_kv_head, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = torch.zeros(batch, dtype=torch.long, device=device)
+
+    @property
+    def capacity(self):
+        return self.k.shape[2]
+
+    def attend(self, Q, visible):
+        """attend(layer, q, k, v) of Q new tokens: each sees all of its row's cached tokens, and of
+        the new ones those that visible (Q, Q) bool shows; None shows all."""
+        low, high = (x.item() for x in self.length.aminmax())
+        if low + Q > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens, not {low + Q}")
+        mask, end = None, min(high + Q, self.capacity)
+        slots = self.length[:, None] + torch.arange(Q, device=self.length.device)  # (B, Q)
+        slots = slots.clamp(max=end - 1)  # of a longer row that has nothing to read in this pass
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        if low < high:
+            behind = torch.arange(end, device=slots.device) - self.length[:, None]  # (B, end)
+            mask = (behind < Q)[:, None].repeat(1, Q, 1)
+            if visible is not None:
+                inside = visible.T[behind.clamp(0, Q - 1)].mT  # (B, Q, end)
+                mask &= inside | (behind < 0)[:, None]
+            mask = mask[:, None]
+        elif visible is not None:
+            mask = F.pad(visible, (high, 0), value=True)
+
+        def attend(layer, q, k, v):
+            keys, values = self.k[layer], self.v[layer]
+            if low == high:
+                keys[:, high:end], values[:, high:end] = k, v
+            else:
+                keys[rows, slots], values[rows, slots] = k.to(keys.dtype), v.to(keys.dtype)
+            q, k, v = q.to(keys.dtype), keys[:, :end], values[:, :end]
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            gqa = q.shape[1] != k.shape[1]
+            return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=gqa).transpose(1, 2)
+
+        return attend
+
+
+@torch.no_grad()
+def read(model, tokens, cache, visible=None, offsets=None, stay=0):
+    """One cached forward pass over new tokens (B, Q) behind those in `cache`: (B, Q, C).
+
+    visible (Q, Q) bool: which of the new tokens each of them sees, besides all that is cached;
+    None: all. offsets (Q,): their positions behind the cached text; None: in order. The keys of the
+    first `stay` tokens, an int or (B,) int64, remain in the cache.
+    """
+    Q = tokens.shape[1]
+    offsets = torch.arange(Q, device=tokens.device) if offsets is None else offsets
+    positions = (cache.length[:, None] + offsets).clamp(max=model.config.seq_len - 1)
+    h = model.trunk(tokens, positions, cache.attend(Q, visible))
+    cache.length = cache.length + stay
+    return h
+
+
 # ---- generation ----------------------------------------------------------------------------------
 
 
@@ -159,6 +249,9 @@ def draw(p, generator):
 class Sampling:
     """How to decode; `check` raises ValueError, one line, for what cannot be honoured."""
 
+    mode: str = "auto"  # gpt, block, verify
+    drafts: int = 0  # verify: in a pass; 0 = S - 1
+    branches: int = 0  # verify: numbers of accepted drafts for which a pass drafts on; 0 = all
     rule: str = "confidence"
     steps: int = 0  # K, passes per block; 0 = S
     temperature: float = 1.0
@@ -168,251 +261,342 @@ class Sampling:
     gamma: float = 0.5
     seed: int = 1337
     stop_token: int | None = None  # a token id that ends a row, and is not part of it
-    cuda_graphs: bool = False  # replay recorded passes (model.CudaGraphs)
+    drafter: object = None  # verify: an NGram to draft in the block level's place
 
-    def check(self, S, on_cuda):
+    def check(self, c):
+        S, causal, diffusion = c.block_size, c.context == "causal", c.objective == "diffusion"
+        if self.mode == "auto":
+            self.mode = "gpt" if not diffusion else "verify" if causal and S > 1 else "block"
+        if self.mode not in ("gpt", "block", "verify"):
+            raise ValueError(f"mode must be auto, gpt, block or verify, not {self.mode!r}")
+        if self.mode != "block" and not causal:
+            raise ValueError(f"mode {self.mode} needs a GPT level: this model was trained with "
+                             "context block; use mode block")
+        if self.mode != "gpt" and not diffusion:
+            raise ValueError(f"an autoregressive model has no blocks: mode {self.mode} is not for "
+                             "it; use mode gpt")
         if self.rule not in RULES:
             raise ValueError(f"unknown rule {self.rule!r}: one of {', '.join(RULES)}")
-        self.steps = self.steps or S
-        if not 1 <= self.steps <= S:
-            raise ValueError(f"steps must lie in 1..{S} (the block size), not {self.steps}")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (all tokens) or more, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
-        if not 0 < self.tau <= 1:
-            raise ValueError(f"tau must lie in (0, 1], not {self.tau}")
-        if not self.gamma >= 0:
-            raise ValueError(f"gamma must be 0 or more, not {self.gamma}")
-        if self.cuda_graphs and not on_cuda:
-            raise ValueError("cuda_graphs needs a CUDA device: leave it out")
+        for name, most in (("steps", S), ("drafts", S - 1), ("branches", S)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must lie in 1..{most} (blocks have {S} tokens), or be 0 "
+                                 f"for the most, not {getattr(self, name)}")
+        if self.mode == "verify" and S == 1:
+            raise ValueError("mode verify needs blocks of two tokens or more: use mode gpt")
+        self.steps, self.drafts = self.steps or S, self.drafts or S - 1
+        self.branches = min(self.branches or S, self.drafts + 1)
+        for name in ("temperature", "top_k", "gamma"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
+        for name in ("top_p", "tau"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must lie in (0, 1], not {getattr(self, name)}")
 
-
-def check_prompts(prompts, max_new_tokens, c):
-    """ValueError, one line, unless the prompts (lists of ids) fit the model of config `c`."""
-    if max_new_tokens < 0 or not prompts:
-        raise ValueError("max_new_tokens must be 0 or more, and there must be at least one prompt")
-    longest = c.seq_len - c.block_size
-    for row in prompts:
-        if len(row) > longest:
-            raise ValueError(
-                f"a prompt of {len(row)} tokens leaves no room for a block in the context of "
-                f"{c.seq_len}: shorten it to {longest}"
-            )
-        if len(row) and not (0 <= min(row) and max(row) < c.vocab_size):
-            raise ValueError(f"prompt tokens must lie in 0..{c.vocab_size - 1}")
+    def probabilities(self, logits):
+        return truncated_probabilities(logits, self.temperature, self.top_k, self.top_p)
 
 
 @dataclass
 class Step:
     """The state after one forward pass, for B rows.
 
-    block (B, S) int64, mask_id where undecided; revealed (B, S) bool, decided by this pass;
-    start (B,), the place of the block in each row; settled (B,), how many tokens of each row are
-    final; done (B,) bool; nfe, forward passes so far; text, the rows, padded.
+    text (B, W) int64: the rows, of which settled (B,) tokens are final; done (B,) bool; nfe:
+    forward passes so far. block (B, n) int64 stands at start (B,) of each row, mask_id where
+    undecided; new (B, n) bool: decided by this pass. Mode verify: the first accepted (B,) tokens
+    of the block were drafts, the next one is the GPT level's own, and drafts (B, D) follow it.
     """
 
-    block: torch.Tensor
-    revealed: torch.Tensor
-    start: torch.Tensor
+    text: torch.Tensor
     settled: torch.Tensor
     done: torch.Tensor
     nfe: int
-    text: torch.Tensor
+    start: torch.Tensor
+    block: torch.Tensor
+    new: torch.Tensor
+    accepted: torch.Tensor | None = None
+    drafts: torch.Tensor | None = None
 
     def rows(self):
         """Each row's final tokens so far, prompt included, as lists of ids."""
         return [row[:n].tolist() for row, n in zip(self.text, self.settled, strict=True)]
 
 
+class Writer:
+    """The rows of one generation, and the window of each that its cache holds.
+
+    tokens (B, W), [MASK] where nothing is written yet; length (B,), how many are final; base (B,),
+    the token in the first slot of a row's cache. When a row no longer fits the context, it alone
+    goes on from the later half of it, read again. objective "ar": a [MASK], which stands for the
+    beginning of the text, is in front of every window.
+    """
+
+    def __init__(self, model, prompts, max_new_tokens, o):
+        c, where = model.config, next(model.parameters()).device
+        if max_new_tokens < 0 or not prompts:
+            raise ValueError("max_new_tokens must be 0 or more; at least one prompt is needed")
+        for row in prompts:
+            if len(row) and not (0 <= min(row) and max(row) < c.vocab_size):
+                raise ValueError(f"prompt tokens must lie in 0..{c.vocab_size - 1}")
+        self.model, self.c, self.o, self.nfe = model, c, o, 0
+        self.unit = 1 if c.context == "causal" else c.block_size  # windows start at multiples of it
+        self.front = int(c.objective == "ar")
+        self.generator = torch.Generator(where).manual_seed(o.seed)
+        width = max(map(len, prompts)) + max_new_tokens + 2 * c.block_size + self.front
+        rows = [[c.mask_id] * self.front + list(row) for row in prompts]
+        self.tokens = torch.tensor([r + [c.mask_id] * (width - len(r)) for r in rows], device=where)
+        self.length = torch.tensor([len(row) for row in rows], device=where)
+        self.goal = self.length + max_new_tokens
+        self.done, self.base = self.goal <= self.length, torch.zeros_like(self.length)
+        new = c.block_size * (1 + max(1, o.branches)) + 1  # tokens of a pass, at most
+        dtype = wanted_dtype(model.embed.weight)
+        self.cache = BlockCache(c, len(rows), c.seq_len + new, where, dtype)
+
+    def steps(self, n):
+        return torch.arange(n, device=self.tokens.device)
+
+    def at(self, start, n):
+        """(B, n): the n tokens of each row from start (B,) on; [MASK] before the window's first."""
+        index = start[:, None] + self.steps(n)
+        tokens = self.tokens.gather(1, index.clamp(0, self.tokens.shape[1] - 1))
+        return tokens.masked_fill(index < self.base[:, None], self.c.mask_id)
+
+    def read(self, tokens, visible=None, offsets=None, stay=0):
+        """`read` with these rows' cache, counted; rows that are done keep what they have."""
+        self.nfe += 1
+        if self.front:  # the first slot of every window holds [MASK]
+            first = (self.cache.length == 0)[:, None] & (self.steps(tokens.shape[1]) == 0)
+            tokens = tokens.masked_fill(first, self.c.mask_id)
+        stay = torch.where(self.done, 0, stay)
+        return read(self.model, tokens, self.cache, visible, offsets, stay)
+
+    def prepare(self, end, room, carry=0):
+        """Bring the tokens before end (B,) of each living row into the cache, with space in the
+        context for `room` more. Unless what is missing is the same `carry` tokens of every row: the
+        next pass can take those along. Returns how many it has to."""
+        full = ~self.done & (end - self.base + room > self.c.seq_len)
+        if bool(full.any()):
+            half = self.c.seq_len // 2 // self.unit * self.unit
+            self.base = torch.where(full, end - half, self.base)
+            self.cache.length = torch.where(full, 0, self.cache.length)
+        missing = (end - self.base - self.cache.length).masked_fill(self.done, 0)
+        most = int(missing.max())
+        if not most or most == carry and bool(((missing == carry) | self.done).all()):
+            return most
+        visible = build_block_causal_mask(-(-most // self.unit) * self.unit, self.unit,
+                                          self.tokens.device)[:most, :most]
+        self.read(self.at(self.base + self.cache.length, most), visible, stay=missing)
+        return 0
+
+    def settle(self, start, new, end):
+        """Write `new` (B, n) at start (B,); what lies before end (B,) is final, cut at the goal or
+        before a stop token."""
+        index = start[:, None] + self.steps(new.shape[1])
+        new = new.masked_fill(index >= end[:, None], self.c.mask_id)
+        self.tokens.scatter_(1, index.clamp(max=self.tokens.shape[1] - 1), new)
+        end = torch.minimum(end, self.goal)
+        finished = end >= self.goal
+        if self.o.stop_token is not None:
+            hit = (new == self.o.stop_token) & (index >= self.length[:, None])  # not of a prompt
+            first = torch.where(hit, index, end[:, None]).amin(dim=1)
+            finished |= first < end
+            end = torch.minimum(end, first)
+        self.length = torch.where(self.done, self.length, end)
+        self.done = self.done | finished
+
+    def step(self, start, block, new, *drafted):
+        text = self.tokens[:, self.front :]
+        return Step(text, self.length - self.front, self.done, self.nfe, start - self.front, block,
+                    new, *drafted)
+
+    def draw(self, p):
+        """Tokens (B,) from a drafter's p (B, V), and what they were drawn from."""
+        p = self.o.probabilities(p.log())
+        return draw(p, self.generator), p
+
+    def logits(self, h, start, block, ready=None):
+        """(B, S, V) of a block (B, S) that stands at start (B,), from the trunk's h (B, S, C): by
+        the local head, each position sees to its left what the block shows."""
+        if self.model.local is not None:
+            w = self.c.local_window
+            left = torch.cat([self.at(start - w, w), block], dim=1).unfold(1, w, 1)[:, :-1].flip(2)
+            h = self.model.local(h, left, ready)
+        return self.model.logits(h)
+
+    def draw_pass(self, h, start, block, reveal):
+        """Draw the positions `reveal` (B, S) bool of a block (B, S) at start (B,) in one pass, left
+        to right: each sees the tokens to its left that are visible or drawn before it.
+
+        With the noise of all draws given, all positions are drawn at once, again and again, until
+        the tokens that were shown are those that are drawn: which is what drawing one after another
+        gives, since each depends on those to its left alone. Returns the block and the
+        probabilities (B, S, V) that its tokens were drawn from.
+        """
+        local = self.model.local
+        ready = None if local is None else local.ready(h)
+        race = torch.empty(*block.shape, self.c.vocab_size, dtype=torch.float64, device=h.device)
+        race.exponential_(generator=self.generator)
+        while True:
+            p = self.o.probabilities(self.logits(h, start, block, ready))
+            drawn = torch.where(reveal, (p / race).argmax(dim=-1), block)
+            if local is None or torch.equal(drawn, block):
+                return drawn, p
+            block = drawn
+
+
+def write_tokens(w):
+    """Mode gpt: a token a pass."""
+    yield from first_token(w)
+    while not bool(w.done.all()):
+        start = w.length
+        w.prepare(start - 1, 1)
+        h = w.read(w.at(start - 1, 1), stay=1)
+        token = draw(w.o.probabilities(w.model.logits(h)), w.generator)
+        w.settle(start, token, start + 1)
+        yield w.step(start, token, torch.ones_like(token, dtype=torch.bool))
+
+
+def first_token(w):
+    """The first token of rows from nothing is the block level's: the GPT level has no input yet."""
+    S, start = w.c.block_size, w.length
+    if bool(w.done.all()) or int(start.min()):
+        return
+    block = torch.full((len(start), S), w.c.mask_id, device=start.device)
+    h = w.read(block)
+    first = (start == 0)[:, None] & (w.steps(S) == 0)
+    block, _ = w.draw_pass(h, start, block, first)
+    w.settle(start, block[:, :1], start + first[:, 0])
+    yield w.step(start, block[:, :1], first[:, :1])
+
+
+def write_blocks(w):
+    """Mode block: a block in at most K passes; a rule chooses what each pass reveals.
+
+    With context="block" blocks stand where they stood in training, at multiples of S: the rest of a
+    prompt that does not fill its last block are fixed tokens of the first block written.
+    """
+    S, mask_id, o = w.c.block_size, w.c.mask_id, w.o
+    start = w.length // w.unit * w.unit
+    both = build_block_causal_mask(2 * S, S, start.device).clone()  # a finished block and the next
+    both[:S, :S] = build_block_causal_mask(S, w.unit, start.device)
+    while not bool(w.done.all()):
+        carry = w.prepare(start, S, carry=S)
+        block = w.at(start, S)  # a finished row goes on, unseen
+        order = torch.rand(block.shape, generator=w.generator, dtype=torch.float64,
+                           device=block.device)
+        passes_left = S if o.rule in ("threshold", "entropy") else o.steps
+        while bool((block == mask_id).any()):
+            tokens = torch.cat([w.at(start - carry, carry), block], dim=1)
+            h = w.read(tokens, both if carry else None, stay=carry)[:, carry:]
+            masked, carry = block == mask_id, 0
+            quota = -(-masked.sum(dim=1) // passes_left)
+            view = View(masked, w.logits(h, start, block), order, quota, o.tau, o.gamma)
+            new = RULES[o.rule](view)
+            block, _ = w.draw_pass(h, start, block, new)
+            passes_left -= 1
+            if not bool((block == mask_id).any()):
+                w.settle(start, block, start + S)
+            yield w.step(start, block, new)
+        start = torch.where(w.done, start, start + S)
+
+
+def verify(drafts, q, p, count, generator):
+    """Speculative sampling (arXiv 2211.17192): (accepted (B,), token (B,)).
+
+    drafts (B, D) were drawn from q (B, D, V); p (B, D + 1, V) are the distributions to be drawn
+    from, each given the drafts before it. Draft i is accepted with probability min(1, p / q); the
+    token behind the accepted ones is drawn from the positive part of p - q where a draft was
+    refused, from p where there was none: so all are distributed as p. Of row r the first count[r]
+    drafts exist.
+    """
+    B, D = drafts.shape
+    exists = torch.arange(D, device=p.device) < count[:, None]
+    q = F.pad(q * exists.unsqueeze(-1), (0, 0, 0, 1))  # (B, D + 1, V)
+    at = drafts.unsqueeze(-1)
+    p_at, q_at = (x[:, :D].gather(-1, at)[..., 0] for x in (p, q))
+    u = torch.rand(B, D, generator=generator, dtype=torch.float64, device=p.device)
+    accepted = (exists & (u * q_at < p_at)).long().cumprod(dim=1).sum(dim=1)
+    here = accepted[:, None, None].expand(-1, 1, p.shape[-1])
+    p, q = p.gather(1, here)[:, 0], q.gather(1, here)[:, 0]
+    rest = (p - q).clamp(min=0)
+    rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)
+    return accepted, draw(rest, generator)
+
+
+def verify_layout(S, D, branches, device):
+    """(visible, offsets) of a pass: the last token and D drafts behind it, read as text; then for
+    each j of `branches` a block of S masks behind draft j, which sees the text as far as j."""
+    text = torch.ones(D + 1, D + 1, dtype=torch.bool, device=device).tril()
+    block = torch.ones(S, S, dtype=torch.bool, device=device)
+    visible = torch.block_diag(text, *[block] * len(branches)).bool()
+    offsets = [torch.arange(D + 1, device=device)]
+    for i, j in enumerate(branches):
+        visible[D + 1 + i * S :][:S, : j + 1] = True
+        offsets.append(torch.arange(j + 1, j + 1 + S, device=device))
+    return visible, torch.cat(offsets)
+
+
+def write_verified(w):
+    """Mode verify: each pass checks the drafts of the pass before, and drafts on behind every
+    number of them that may be accepted."""
+    o, S, device, B = w.o, w.c.block_size, w.tokens.device, len(w.tokens)
+    yield from first_token(w)
+    behind = sorted([0, *range(o.drafts, 0, -1)][: o.branches])  # none accepted; then the most
+    plans = {False: (0, [0]), True: (o.drafts, behind)}
+    plans = {k: (D, js, *verify_layout(S, D, js, device)) for k, (D, js) in plans.items()}
+    if o.drafter is not None:  # it drafts from the text alone, so a pass carries no masks
+        plans = {k: (k * o.drafts, [], *verify_layout(S, k * o.drafts, [], device)) for k in plans}
+    reveal = ((w.steps(S) > 0) & (w.steps(S) <= o.drafts)).expand(B, S)
+    drafts, count = w.tokens[:, :0], torch.zeros_like(w.length)
+    q = torch.zeros(B, 0, w.c.vocab_size, dtype=torch.float64, device=device)
+    while not bool(w.done.all()):
+        start = w.length
+        w.prepare(start - 1, 1)
+        count = torch.minimum(count, w.base + w.c.seq_len - start)  # what gpt reads in this window
+        D, branches, visible, offsets = plans[bool((count > 0).any())]
+        masks = torch.full((B, len(branches) * S), w.c.mask_id, device=device)
+        tokens = torch.cat([w.at(start - 1, 1), drafts[:, :D], masks], dim=1)
+        h = w.read(tokens, visible, offsets)
+        p = o.probabilities(w.model.logits(h[:, : D + 1]))
+        accepted, token = verify(drafts[:, :D], q[:, :D], p, count, w.generator)
+        w.cache.length = w.cache.length + torch.where(w.done, 0, accepted + 1)
+        text = F.pad(drafts[:, :D], (0, 1)).scatter(1, accepted[:, None], token[:, None])
+        w.settle(start, text, start + accepted + 1)
+        if o.drafter is not None:
+            drafts, q = o.drafter.draft(w.tokens, w.length, o.drafts, w.draw)
+            count = torch.full_like(count, o.drafts)
+        else:
+            which = torch.full((D + 1,), -1, device=device)  # the branch that drafted on, if any
+            which[branches] = torch.arange(len(branches), device=device)
+            which = which[accepted]
+            h = h[:, D + 1 :].unflatten(1, (-1, S))[torch.arange(B, device=device), which]
+            block = F.pad(token[:, None], (0, S - 1), value=w.c.mask_id)
+            block, q = w.draw_pass(h, start + accepted, block, reveal)
+            drafts, q = block[:, 1 : o.drafts + 1], q[:, 1 : o.drafts + 1]
+            count = torch.where(which >= 0, o.drafts, 0)
+        new = w.steps(D + 1) <= accepted[:, None]
+        yield w.step(start, text, new, accepted, drafts)
+
+
+MODES = {"gpt": write_tokens, "block": write_blocks, "verify": write_verified}
+
+
 @torch.no_grad()
 def generate_stream(model, prompts, max_new_tokens, **options):
     """Continue each prompt (a list of ids, of any length, also 0) by max_new_tokens tokens,
-    yielding a `Step` after every forward pass. `options` are the fields of Sampling.
-
-    A prompt need not fill its last block: its rest are fixed tokens of the first block written,
-    at their true positions. When the context is full, its later half is read again as the start
-    of a new one, in the same pass that begins the next block. objective "ar" runs the same loop:
-    its blocks are single tokens, each predicted by the pass that commits the one before.
+    yielding a `Step` after every forward pass that wrote something. `options`: see Sampling.
     """
-    c, o = model.config, Sampling(**options)
-    S, ar = c.block_size, c.objective == "ar"
-    where = next(model.parameters()).device
-    o.check(S, where.type == "cuda")
-    check_prompts(prompts, max_new_tokens, c)
-    generator = torch.Generator(where).manual_seed(o.seed)
-    have = torch.tensor([len(row) for row in prompts], device=where)
-    goal = have + max_new_tokens
-    width = int(goal.max()) + 2 * S
-    text = [[*row, *[c.mask_id] * (width - len(row))] for row in prompts]
-    text = torch.tensor(text, device=where)
-    start, settled, done, nfe = have // S * S, have.clone(), goal <= have, 0
-    cache, pending = open_cache(model, text, start, c.seq_len - S, o.cuda_graphs)
-    yield Step(text[:, :0], text[:, :0] >= 0, have, settled, done, nfe, text)
-    while not bool(done.all()):
-        if cache.length + pending.shape[1] + (0 if ar else S) > cache.capacity:
-            cache, pending = open_cache(model, text, start, c.seq_len // S // 2 * S, o.cuda_graphs)
-        place = start[:, None] + torch.arange(S, device=where)  # a finished row goes on, unseen
-        block = text.gather(1, place)
-        order = torch.rand(block.shape, generator=generator, dtype=torch.float64, device=where)
-        steps_left = S if o.rule in ("threshold", "entropy") else o.steps
-        while bool((block == c.mask_id).any()):
-            tokens = pending if ar else torch.cat([pending, block], dim=1)
-            logits = model.decode(tokens, cache, pending.shape[1])
-            revealed, block = reveal(logits, block, c.mask_id, order, steps_left, o, generator)
-            pending, nfe, steps_left = pending[:, :0], nfe + 1, steps_left - 1
-            if not bool((block == c.mask_id).any()):
-                text.scatter_(1, place, block)
-                settled, done = settle(block, place, goal, have, o.stop_token, settled, done)
-            yield Step(block, revealed, start, settled, done, nfe, text)
-        pending, start = block, start + S
-
-
-def reveal(logits, block, mask_id, order, steps_left, o, generator):
-    """One denoising step: (revealed (B, S) bool, the block with those positions drawn)."""
-    masked = block == mask_id
-    logp = logits.double().log_softmax(dim=-1)
-    certainty, entropy = logp.amax(dim=-1).exp(), -(logp.exp() * logp).sum(dim=-1)
-    quota = -(-masked.sum(dim=1) // steps_left)
-    revealed = RULES[o.rule](View(masked, certainty, entropy, order, quota, o.tau, o.gamma))
-    p = truncated_probabilities(logits, o.temperature, o.top_k, o.top_p)
-    return revealed, torch.where(revealed, draw(p, generator), block)
-
-
-def open_cache(model, text, start, most, graphs):
-    """A fresh cache, and the finished tokens (B, Q) that the next pass commits to it.
-
-    Each row keeps its last `most` tokens before `start`, both whole blocks. Rows end in the same
-    slot; a shorter one is padded on the left by whole blocks, which the cache hides.
-    """
-    c = model.config
-    keep = start.clamp(max=most)
-    width = int(keep.max())
-    pad = width - keep
-    slot = torch.arange(width, device=text.device)
-    pending = text.gather(1, (start[:, None] - width + slot).clamp(min=0))
-    pending = pending.masked_fill(slot < pad[:, None], 0)
-    if c.objective == "ar":  # a row's first token is predicted from one [MASK], as in training
-        pending = torch.cat([torch.zeros_like(text[:, :1]), pending], dim=1)
-        pending.scatter_(1, pad[:, None], c.mask_id)
-    kind = text.device.type
-    autocast = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if autocast else model.embed.weight.dtype
-    cache = BlockCache(c, len(text), c.seq_len, pad, text.device, dtype)
-    cache.graphs = CudaGraphs(model, cache) if graphs else None
-    return cache, pending
-
-
-def settle(block, place, goal, have, stop_token, settled, done):
-    """(settled, done) after a block at `place`: cut at the goal or before a stop token."""
-    upto = torch.minimum(place[:, -1] + 1, goal)
-    finished = upto >= goal
-    if stop_token is not None:
-        hit = (block == stop_token) & (place >= have[:, None])
-        first = torch.where(hit, place, upto[:, None]).amin(dim=1)
-        upto, finished = torch.minimum(upto, first), finished | hit.any(dim=1)
-    return torch.where(done, settled, upto), done | finished
+    o = Sampling(**options)
+    o.check(model.config)
+    w = Writer(model, prompts, max_new_tokens, o)
+    nothing = w.tokens[:, :0]
+    yield w.step(w.length, nothing, nothing.bool())
+    yield from MODES[o.mode](w)
 
 
 def generate(model, prompts, max_new_tokens, **options):
     """The rows of generate_stream when all is done, prompts included: lists of token ids."""
     *_, last = generate_stream(model, prompts, max_new_tokens, **options)
     return last.rows()
-
-
-# ---- the terminal --------------------------------------------------------------------------------
-
-PLAIN, DIM, BRIGHT = "", "\x1b[2m", "\x1b[1;92m"
-
-
-def columns(text):
-    """Terminal columns of a string: wide East Asian characters take two, combining marks none."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in text
-    )
-
-
-def printable(text):
-    """Text without the control characters that would move the cursor."""
-    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", " ", text)
-
-
-def wrap(pieces, width):
-    """[(style, text)] -> lines of at most `width` columns, as lists of (style, text)."""
-    lines, used = [[]], 0
-    for style, text in pieces:
-        for char in printable(text):
-            size = 1 if char.isascii() else columns(char)
-            if char == "\n" or used + size > width:
-                lines.append([])
-                used = 0
-            if char != "\n":
-                lines[-1].append((style, char))
-                used += size
-    return lines
-
-
-def styled(line):
-    """A line's characters as one string, an escape code wherever the style changes."""
-    out, now = [], PLAIN
-    for style, char in line:
-        if style != now:
-            out.append("\x1b[0m" + style)
-            now = style
-        out.append(char)
-    return "".join(out) + ("\x1b[0m" if now else "")
-
-
-class Display:
-    """Shows the end of every sample while it is written: masks dim, new tokens bright, settled
-    text plain. It draws on the terminal's alternate screen: a resized window or the echo of Ctrl-C
-    leaves nothing behind, and on leaving the old screen and the cursor return, whatever happened.
-    """
-
-    def __init__(self, tokenizer, mask_id, out=None):
-        self.tokenizer, self.mask_id, self.out = tokenizer, mask_id, out or sys.stdout
-        encoding = (self.out.encoding or "").lower().replace("-", "")
-        self.glyph = "\u2591" if encoding.startswith("utf") else "_"
-
-    def __enter__(self):
-        self.out.write("\x1b[?1049h\x1b[?25l")
-        return self
-
-    def __exit__(self, *_):
-        self.out.write("\x1b[?25h\x1b[?1049l")
-        self.out.flush()
-
-    def pieces(self, step, row, room=sys.maxsize):
-        """[(style, text)] of one row: its last `room` tokens or more, then the block in the making.
-
-        The cut moves by whole rooms, so that lines do not break anew with every token.
-        """
-        start, settled = int(step.start[row]), int(step.settled[row])
-        end = min(start, settled)
-        cut = max(0, end - room) // room * room
-        out = [(PLAIN, self.tokenizer.decode(step.text[row, cut:end].tolist()))]
-        shown = settled - end if step.done[row] else step.block.shape[1]
-        inside, fresh = step.block[row, :shown].tolist(), step.revealed[row, :shown].tolist()
-        for token, new in zip(inside, fresh, strict=True):
-            if token == self.mask_id:
-                out.append((DIM, self.glyph))
-            else:
-                out.append((BRIGHT if new else PLAIN, self.tokenizer.token_text(token)))
-        return out
-
-    def show(self, step):
-        size = shutil.get_terminal_size()
-        rows = min(len(step.text), size.lines)  # of more samples than lines, the first
-        height, width = size.lines // rows, max(1, size.columns - 1)
-        lines = []
-        for row in range(rows):
-            lines += wrap(self.pieces(step, row, height * width), width)[-height:]
-        frame = "\x1b[H\x1b[J" + "\n".join(styled(line) for line in lines)
-        self.out.write("\x1b[?2026h" + frame + "\x1b[?2026l")  # drawn at once where supported
-        self.out.flush()
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -451,10 +635,10 @@ def options(s, tokenizer):
     stop_ids = tokenizer.encode(s.stop)
     if len(stop_ids) > 1:
         raise SettingsError(f"--stop={s.stop!r} is {len(stop_ids)} tokens, not one")
-    return {
-        "rule": s.rule, "steps": s.steps, "temperature": s.temperature, "top_k": s.top_k,
-        "top_p": s.top_p, "tau": s.tau, "gamma": s.gamma, "seed": s.seed,
-        "stop_token": stop_ids[0] if stop_ids else None, "cuda_graphs": s.cuda_graphs,
+    names = ("mode", "drafts", "branches", "rule", "steps", "temperature", "top_k", "top_p",
+             "tau", "gamma", "seed")
+    return {name: getattr(s, name) for name in names} | {
+        "stop_token": stop_ids[0] if stop_ids else None
     }
 
 
@@ -463,8 +647,11 @@ def command(argv):
     s = SimpleNamespace(**override(DEFAULTS, argv))
     model, tokenizer = load(s)
     ids = tokenizer.encode(read_prompt(s.prompt))
-    if s.num_samples < 1:
-        raise SettingsError(f"--num_samples must be at least 1, not {s.num_samples}")
+    if s.num_samples < 1 or not s.delay >= 0:
+        raise SettingsError(f"--num_samples={s.num_samples} must be at least 1 and "
+                            f"--delay={s.delay:g} 0 or more")
+    s.device = str(next(model.parameters()).device)
+    choose_dtype(s, s.device, small=True)
     stream = generate_stream(
         model, [ids] * s.num_samples, s.max_new_tokens, **options(s, tokenizer)
     )
@@ -473,7 +660,7 @@ def command(argv):
     display = Display(tokenizer, model.config.mask_id) if live else nullcontext()
     began, seconds, step, interrupted = time.perf_counter(), 0.0, None, False
     try:
-        with display:
+        with display, autocast(s):
             for step in stream:
                 seconds += time.perf_counter() - began
                 if live:
@@ -494,7 +681,7 @@ def command(argv):
         new = sum(len(row) for row in rows) - len(ids) * len(rows)
         print(
             f"\x1b[2m{new} tokens in {step.nfe} passes = {new / max(1, step.nfe):.2f} a pass, "
-            f"{new / seconds:.0f} tokens/s\x1b[0m"
+            f"{new / seconds:.0f} tokens/s in {s.dtype}\x1b[0m"
         )
     return 130 if interrupted else 0
 

@@ -5,8 +5,7 @@ FineWeb-Edu, the 10B-token sample, in GPT-2 tokens: shards of 100M tokens, --tok
     python data/fineweb_edu/prepare.py --tokens=200M                # streams; 400 MB on disk
     python data/fineweb_edu/prepare.py --tokens=200M --input FILE.parquet FILE.jsonl.gz
 
-The first documents, --val_tokens in all, are the validation split. Stopped midway, the same
-command goes on at the last finished shard.
+The first documents, --val_tokens in all, are the validation split.
 """
 import gzip
 import json
@@ -20,8 +19,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import dataset
-from dataset import DataError, shown
+from util import dataset
+from util.dataset import DataError, shown
+from util.display import Progress
 
 REPOSITORY, SAMPLE = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 BATCH = 64  # documents that one thread works on at a time, about 0.3 MB
@@ -29,8 +29,8 @@ BATCH = 64  # documents that one thread works on at a time, about 0.3 MB
 
 # -- documents -------------------------------------------------------------------------------------
 
-def stream(skip):
-    """Yield the texts of the sample from number `skip`, over the network."""
+def stream():
+    """Yield the texts of the sample, over the network."""
     try:
         from datasets import load_dataset
     except ImportError as e:
@@ -38,11 +38,11 @@ def stream(skip):
                         "or give --input=FILES (parquet or jsonl)") from e
     try:
         rows = load_dataset(REPOSITORY, SAMPLE, split="train", streaming=True)
-        for row in rows.select_columns("text").skip(skip):
+        for row in rows.select_columns("text"):
             yield row["text"]
     except Exception as e:  # its network stack raises errors of several packages
-        raise DataError(f"the stream ended early ({type(e).__name__}: {str(e)[:100]}): run the "
-                        "same command to go on, or give --input=FILES") from e
+        raise DataError(f"the stream ended early ({type(e).__name__}: {str(e)[:100]}): try again, "
+                        "or give --input=FILES") from e
 
 
 def read_files(paths):
@@ -79,31 +79,26 @@ def tokenize(texts, writer, targets):
     """
     Encode an iterator of texts into splits, until each has its tokens of targets {"val": n, ...}.
 
-    Each full shard is a checkpoint: the number of documents behind it. Every document starts with
-    the end-of-text token.
+    Every document starts with the end-of-text token.
     """
     tokenizer = writer.tokenizer
 
     def encode(batch):
         data = [text.encode("utf-8", "replace") for text in batch]  # JSON can hold half characters
         arrays = [a for d in data for a in ([tokenizer.eot], tokenizer.encode_array(d.decode()))]
-        return np.concatenate(arrays), sum(map(len, data)), len(batch)
+        return np.concatenate(arrays), sum(map(len, data))
 
-    done = writer.state.get("documents", 0)
-    have = {split: writer.splits.get(split, {}).get("tokens", 0) for split in targets}
-    bar = dataset.Progress("tokenize", sum(targets.values()), unit="tok")
+    have = dict.fromkeys(targets, 0)
+    bar = Progress("tokenize", sum(targets.values()), unit="tok")
     encoded = dataset.parallel_map(encode, iter(lambda: list(islice(texts, BATCH)), []))
     for split, target in targets.items():
         while have[split] < target:
-            ids, n_bytes, documents = next(encoded, (None, 0, 0))
+            ids, n_bytes = next(encoded, (None, 0))
             if ids is None:
-                print(f"the input ends after {done:,} documents, {have[split]:,} tokens of {split}")
+                print(f"the input ends after {have[split]:,} tokens of {split}")
                 return
             writer.add(split, ids, n_bytes)
             have[split] += len(ids)
-            done += documents
-            if split not in writer.open:  # a shard has just been filled
-                writer.checkpoint({"documents": done})
             bar.update(sum(have.values()))
     bar.close()
 
@@ -132,12 +127,9 @@ def main():
     if args.bpe_dir:
         dataset.GPT2Tokenizer.install_bpe(args.bpe_dir)
     source = " ".join(args.input or [REPOSITORY, SAMPLE])
-    with dataset.DatasetWriter(folder, dataset.GPT2Tokenizer(), source, overwrite=True, resume=True,
+    with dataset.DatasetWriter(folder, dataset.GPT2Tokenizer(), source, overwrite=True,
                                shard_tokens=args.shard_tokens) as writer:
-        skip = writer.state.get("documents", 0)
-        if skip:
-            print(f"going on after {skip:,} documents")
-        texts = islice(read_files(args.input), skip, None) if args.input else stream(skip)
+        texts = read_files(args.input) if args.input else stream()
         tokenize(texts, writer, {"val": args.val_tokens, "train": args.tokens})
         dataset.report(folder, writer.finish())
 

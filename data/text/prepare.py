@@ -22,8 +22,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import dataset
-from dataset import EOT_TEXT, DataError, shown
+from util import dataset
+from util.dataset import EOT_TEXT, DataError, shown
+from util.display import Progress
 
 CHUNK = 1 << 19  # bytes that one thread works on at a time
 TOKENIZERS = {"byte": dataset.ByteTokenizer, "gpt2": dataset.GPT2Tokenizer}
@@ -113,7 +114,7 @@ class Corpus:
 
     def pieces(self, parts, label):
         """Yield the Pieces of parts, a list of (document, start, end)."""
-        bar = dataset.Progress(label, sum(self.on_disk[d] for d, _, _ in parts))
+        bar = Progress(label, sum(self.on_disk[d] for d, _, _ in parts))
         before = 0
         for document, start, end in parts:
             yield from read_pieces(self.files[document], document, start, end,

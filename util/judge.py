@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_model
-from configurator import SettingsError
-from train import token_nll
+from util.checkpoint import load_model
+from util.configurator import SettingsError
 
 
 def token_entropy(text):
@@ -64,8 +63,11 @@ def check_vocabulary(mine, other, what):
         )
 
 
-def load_judge(name, state, tokenizer, device):
-    """The judge of the setting `judge` for text of the checkpoint `state`, and its description."""
+def load_judge(name, state, tokenizer, device, score):
+    """The judge of the setting `judge` for text of the checkpoint `state`, and its description.
+
+    score(model, x0): (B, N) -log p of each token of x0 by an autoregressive model.
+    """
     if not name:
         raise SettingsError(
             "--samples needs --judge=DIR, trained with another seed: python train.py "
@@ -80,17 +82,17 @@ def load_judge(name, state, tokenizer, device):
         raise SettingsError(f"--judge={name} is the model itself: train one with another --seed")
     check_vocabulary(state["meta"], other["meta"], f"--judge={name}")
     said = f"{name}: autoregressive, seed {other['settings'].get('seed')}, step {other['step']}"
-    return autoregressive_judge(net), said
+    return autoregressive_judge(net, score), said
 
 
-def autoregressive_judge(net, batch=16):
+def autoregressive_judge(net, score, batch=16):
     """A judge from a CascadeLM of objective "ar", for tokens of its own vocabulary."""
 
     @torch.no_grad()
     def judge(text):
         nll = torch.zeros(text.shape, dtype=torch.float64)
         for a, b, new in sliding(text.shape[1], net.config.seq_len):
-            scores = [token_nll(net, rows, None) for rows in text[:, a:b].split(batch)]
+            scores = [score(net, rows) for rows in text[:, a:b].split(batch)]
             nll[:, new:b] = torch.cat(scores)[:, new - a :].cpu()
         return nll.sum(dim=1), torch.full((len(text),), text.shape[1])
 

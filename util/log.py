@@ -1,20 +1,24 @@
 """What a run leaves beside its checkpoints: log.csv, settings.py and, if asked for, wandb's record.
 
-    step,seconds,loss,val,val_error,lr,tokens_per_second
-    250,61.3,2.563,2.5412,0.021,0.0028,4102
+    step,seconds,bound,gpt,joint,val_bound,val_bound_error,val_gpt,...,lr,tokens_per_second
+    250,61.3,2.563,1.921,2.104,2.5412,0.021,1.9034,...,0.0028,4102
 
-One row per step that was reported or evaluated; a cell is empty where nothing was measured. `loss`
-is the mean training loss since the row before, `val` the validation bound (objective "ar": the
-exact NLL) with its standard error, all in nats per token; `seconds` are of training, all restarts
-together. A resumed run cuts the rows after its checkpoint and goes on, so no step stands twice.
+One row per step that was reported or evaluated; a cell is empty where nothing was measured. The
+terms of the loss, in nats per token, are means over the training steps since the row before; with
+val_ in front they are of validation text, with their standard errors. `seconds` are of training,
+all restarts together. A resumed run drops torn rows and rows past its checkpoint, so no step stands
+twice.
 """
 
 import os
 from pathlib import Path
 
-from configurator import SettingsError, public
+from util.configurator import SettingsError, public
 
-COLUMNS = ("step", "seconds", "loss", "val", "val_error", "lr", "tokens_per_second")
+TERMS = ("bound", "gpt", "joint")
+VAL = tuple(f"val_{name}{error}" for name in TERMS for error in ("", "_error"))
+COLUMNS = ("step", "seconds", *TERMS, *VAL, "lr", "tokens_per_second")
+HEADER = ",".join(COLUMNS) + "\n"
 SETTINGS_HEAD = "# the settings of this run: python train.py FOLDER/settings.py starts it again"
 
 
@@ -26,7 +30,7 @@ def held(folder):
     for name in ("last.pt", "best.pt"):
         if (folder / name).exists():
             return name
-    for name, ours in (("log.csv", ",".join(COLUMNS) + "\n"), ("settings.py", SETTINGS_HEAD)):
+    for name, ours in (("log.csv", HEADER), ("settings.py", SETTINGS_HEAD)):
         if (folder / name).exists():
             text = (folder / name).read_text(errors="replace")
             if text and (text != ours if name == "log.csv" else not text.startswith(ours)):
@@ -71,14 +75,20 @@ def start_wandb(folder, settings):
 
 
 class Log:
-    """The log of a run whose checkpoint has `step` steps. For the main process alone."""
+    """The log of a run whose checkpoint has `step` steps."""
 
     def __init__(self, settings, step):
         self.path, self.row, self.wandb = Path(settings["out_dir"]) / "log.csv", {}, None
         try:
             write_settings(self.path.with_name("settings.py"), settings)
-            self.file = open(self.path, "r+b" if step and self.path.exists() else "w+b")
-            self.cut(step)
+            rows = self.path.read_bytes().splitlines(keepends=True)[1:] if step else []
+            self.file = open(self.path, "wb")
+            self.start = self.end = self.file.write(HEADER.encode())
+            for row in rows:
+                if row.endswith(b"\n") and int(row.split(b",")[0]) <= step:
+                    self.start, self.end = self.end, self.end + self.file.write(row)
+                    self.row = dict(zip(COLUMNS, row.decode().strip().split(","), strict=True))
+            self.file.flush()
             if settings["wandb"]:
                 self.wandb = start_wandb(self.path.parent, settings)
         except OSError as e:
@@ -89,26 +99,9 @@ class Log:
             f"cannot write {self.path} ({e.strerror}): free some space or choose another --out_dir"
         )
 
-    def cut(self, step):
-        """Keep the header and the whole rows up to `step`: what a kill tore or outran goes."""
-        header = ",".join(COLUMNS) + "\n"
-        if self.file.readline().decode(errors="replace") != header:
-            if self.path.stat().st_size:
-                raise SettingsError(f"{self.path} has other columns than {header.strip()}: move it")
-            self.file.write(header.encode())
-        self.start = self.end = len(header)
-        while (line := self.file.readline()).endswith(b"\n"):
-            row = dict(zip(COLUMNS, line.decode().strip().split(","), strict=True))
-            if int(row["step"]) > step:
-                break
-            self.row = {**row, "step": int(row["step"])}
-            self.start, self.end = self.end, self.end + len(line)
-        self.file.truncate(self.end)
-        self.file.flush()
-
     def write(self, step, **values):
         """Numbers of `step`, by column: added to its row where that is the last, else a new row."""
-        if step != self.row.get("step"):
+        if step != int(self.row.get("step", -1)):
             self.row, self.start = {"step": step}, self.end
         self.row |= {name: f"{value:.8g}" for name, value in values.items()}
         line = (",".join(str(self.row.get(c, "")) for c in COLUMNS) + "\n").encode()
@@ -123,6 +116,25 @@ class Log:
         if self.wandb:
             self.wandb.log(values, step=step)
 
+    def validated(self, step, val):
+        """The validation terms, {name: (mean, standard error)}."""
+        self.write(step, **{f"val_{name}": mean for name, (mean, _) in val.items()},
+                   **{f"val_{name}_error": error for name, (_, error) in val.items()})
+
+    def report(self, step, max_steps, terms, val, lr, rate, mfu, seconds, progress):
+        """One aligned line and a row: the training terms, in brackets the last validation's."""
+        self.write(step, seconds=seconds, lr=lr, tokens_per_second=rate, **terms)
+        speed = f"{rate:5.0f} tok/s" if rate < 1e4 else f"{rate / 1e3:4.0f}k tok/s"
+        left = seconds / 60 / max(progress, 1e-9) * (1 - progress)
+        shown = [f"{name} {terms[name]:.3f} ({f'{val[name][0]:.3f}' if val else '  -  '})"
+                 for name in terms]
+        print(
+            f"step {step:6d}" + (f"/{max_steps}" if max_steps else "") + f" | {' | '.join(shown)} "
+            f"| lr {lr:.1e} | {speed} | " + (f"mfu {mfu:3.0%} | " if mfu else "")
+            + f"eta {left:.1f}m",
+            flush=True,
+        )
+
     def sync(self):
         """To the disk itself, before a checkpoint that relies on these rows."""
         try:
@@ -134,3 +146,10 @@ class Log:
         self.file.close()
         if self.wandb:
             self.wandb.finish()
+
+
+class Silent:
+    """The log of every process but the main one."""
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None

@@ -7,6 +7,7 @@ int may be written 1e3, a float may be written 1, and a bool true/false/1/0. Lat
 """
 
 import difflib
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -70,7 +71,7 @@ def _set(settings, defaults, key, value, where):
 
 def _config_file(name):
     """A config file's path: as given, or relative to the repository, so any folder will do."""
-    for path in (Path(name), Path(__file__).parent / name):
+    for path in (Path(name), Path(__file__).resolve().parents[1] / name):
         if path.is_file():
             return path
     raise SettingsError(f"no config file {name!r}; settings are written --key=value")
@@ -101,3 +102,15 @@ def override(defaults, argv):
             raise SettingsError(f"{arg}: settings are written --key=value, for example --seed=1")
         _set(settings, defaults, key, value, arg)
     return settings
+
+
+def check_settings(s, choices, ranges):
+    """SettingsError unless each setting is one of its `choices` or within its range (low, high)."""
+    for name, allowed in choices.items():
+        if getattr(s, name) not in allowed:
+            words = ", ".join(map(str, allowed))
+            raise SettingsError(f"--{name} must be one of {words}, not {getattr(s, name)!r}")
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(s, name) <= high:
+            within = f"{low} or more" if high == math.inf else f"between {low:g} and {high:.10g}"
+            raise SettingsError(f"--{name} must be {within}, not {getattr(s, name)}")

@@ -1,17 +1,47 @@
-"""Muon for the weight matrices: momentum, then the nearest semi-orthogonal matrix.
+"""Optimizers: Muon for the matrices of the layers, AdamW for the rest, and the learning rate.
 
-The method is Keller Jordan's (https://kellerjordan.github.io/posts/muon), and the rule and the
-constants are those of `torch.optim.Muon` with adjust_lr_fn="match_rms_adamw", which the tests
-compare it with. It differs where that one is slow: matrices of one shape are iterated together,
-and in float32 where the processor has no bf16 units (torch's always uses bf16, which such a
-processor emulates: see the README's notes for the figure). Several
-processes share the matrices out and exchange the results.
+Muon: momentum, then the nearest semi-orthogonal matrix. The method is Keller Jordan's
+(https://kellerjordan.github.io/posts/muon); the rule and the constants are those of
+`torch.optim.Muon` with adjust_lr_fn="match_rms_adamw", with which the tests compare it. It differs
+where that one is slow: matrices of one shape are iterated together, those of attention head by
+head, and in float32 where the processor has no bf16 units. Several processes share the matrices
+out and exchange the results.
 """
 
 import torch
 import torch.distributed as dist
 
-from shard import slice_like, whole
+from util.shard import slice_like, whole
+
+
+def make_optimizers(model, s):
+    """[AdamW] or [AdamW, Muon], by the setting `optimizer`. Muon takes the matrices of the layers,
+    those of attention head by head; weight decay goes to matrices alone."""
+    muon = {}  # head_dim -> matrices
+    groups = {True: [], False: []}  # AdamW's matrices and tables; its vectors
+    D = model.config.head_dim
+    heads = {"q": D, "k": D, "v": D, "o": -D}  # o reads the heads by its columns
+    for name, p in model.named_parameters():
+        matrix = p.ndim == 2 and name.startswith(("blocks.", "local.")) and "embed" not in name
+        if s.optimizer == "muon" and matrix:
+            muon.setdefault(heads.get(name.split(".")[-2], 0), []).append(p)
+        else:
+            groups[p.ndim == 2].append(p)
+    adamw = torch.optim.AdamW(
+        [{"params": groups[True], "weight_decay": s.weight_decay},
+         {"params": groups[False], "weight_decay": 0.0}],
+        lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=True,
+    )
+    if not muon:
+        return [adamw]
+    groups = [{"params": params, "head_dim": d} for d, params in muon.items()]
+    return [adamw, Muon(groups, s.muon_lr, s.weight_decay, dtype=getattr(torch, s.dtype))]
+
+
+def lr_factor(step, progress, s):
+    """Fraction of the peak: linear warm-up by steps, then linear fall by `progress` in [0, 1]."""
+    rise = min(1.0, (step + 1) / max(1, s.warmup_steps))
+    return rise * (s.final_lr + (1 - s.final_lr) * (1 - progress))
 
 
 def orthogonalize(g, steps=5, dtype=torch.float32):

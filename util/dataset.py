@@ -22,7 +22,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -34,12 +37,7 @@ from urllib.request import urlopen
 
 import numpy as np
 
-try:
-    import fcntl
-except ImportError:  # Windows: two prepares of one name at once are not detected there
-    fcntl = None
-
-REPOSITORY = Path(__file__).resolve().parent
+REPOSITORY = Path(__file__).resolve().parents[1]
 SHARD_TOKENS = 100_000_000
 EOT_TEXT = "<|endoftext|>"
 # what `python data/<name>/prepare.py` leaves on disk, named when the data is missing
@@ -52,7 +50,7 @@ class DataError(Exception):
 
 
 def data_root():
-    """The folder that holds all datasets: $CASCADE_DATA, or data/ beside this file."""
+    """The folder that holds all datasets: $CASCADE_DATA, or data/ of the repository."""
     return Path(os.environ.get("CASCADE_DATA") or REPOSITORY / "data")
 
 
@@ -217,6 +215,36 @@ def prepare_command(folder):
 def ships_with_repository(name):
     """Whether data/<name>/prepare.py needs neither network nor arguments: its raw text is there."""
     return any((REPOSITORY / "data" / str(name)).glob("*.txt.xz"))
+
+
+def load_or_prepare(name, seq_len, processes):
+    """load_dataset, for all processes; prepared here and now when its text ships with the code."""
+    if not (data_root() / name / "meta.json").exists() and ships_with_repository(name):
+        if processes.main:
+            script = REPOSITORY / "data" / name / "prepare.py"
+            print(f"data/{name} is not prepared yet: running {script.name}", flush=True)
+            if subprocess.run([sys.executable, str(script)], check=False).returncode:
+                raise DataError(f"{script} failed: see its message above")
+    processes.wait()  # every process comes by here, whatever it found on disk
+    return load_dataset(name, seq_len)
+
+
+class Prefetch:
+    """`prefetch(step)` is make(step), made by a thread while the step before was computing.
+
+    `waited` counts the seconds that the training loop had to wait for data.
+    """
+
+    def __init__(self, make):
+        self.make, self.pool, self.waited = make, ThreadPoolExecutor(1), 0.0
+        self.next_step, self.future = None, None
+
+    def __call__(self, step):
+        began = time.perf_counter()
+        batch = self.future.result() if step == self.next_step else self.make(step)
+        self.next_step, self.future = step + 1, self.pool.submit(self.make, step + 1)
+        self.waited += time.perf_counter() - began
+        return batch
 
 
 class Dataset:
@@ -399,57 +427,25 @@ class ShardWriter:
 
 class DatasetWriter:
     """
-    Write a dataset piece by piece; nothing that load_dataset accepts exists before finish().
+    Write a dataset piece by piece into a temporary folder; finish() moves it to its place.
 
         with DatasetWriter(folder, tokenizer, source="one line") as writer:
             writer.add("train", ids, n_bytes)      # in order, any number of times, per split
             writer.finish()
 
     A shard is closed by the piece that fills it to `shard_tokens`. An existing dataset is refused
-    unless `overwrite`, and then stays valid until finish(). With `resume`, checkpoint(state) keeps
-    what is written so far, and a later writer with the same arguments goes on from there and has
-    that `state`; it is {} otherwise.
+    unless `overwrite`, and then stays as it is until finish().
     """
 
-    def __init__(self, folder, tokenizer, source, *, overwrite=False, resume=False,
-                 shard_tokens=SHARD_TOKENS):
+    def __init__(self, folder, tokenizer, source, *, overwrite=False, shard_tokens=SHARD_TOKENS):
         self.folder, self.tokenizer = Path(folder), tokenizer
         self.shard_tokens, self.dtype = shard_tokens, smallest_dtype(tokenizer.vocab_size)
         self.head = {"name": self.folder.name, **tokenizer.meta(), "dtype": self.dtype.name}
         self.tail = {"source": source}
+        self.splits, self.open = {}, {}
         refuse_existing(self.folder, overwrite)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock()
-        self.progress = self.folder / "progress.json"
-        self.splits, self.state = self._restore() if resume else ({}, {})
-        kept = {s["file"] for info in self.splits.values() for s in info["shards"]}
-        for old in self.folder.glob("*.tmp"):  # of a run that was killed
-            if old.name not in kept:
-                old.unlink()
-        self.open = {}
-
-    def _lock(self):
-        self.lock = None
-        if fcntl:
-            self.lock = os.open(self.folder, os.O_RDONLY)
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as e:
-                raise DataError(f"another process is preparing {shown(self.folder)}: "
-                                "wait for it, or stop it") from e
-
-    def _restore(self):
-        try:
-            saved = json.loads(self.progress.read_text(encoding="utf-8"))
-            sizes = {self.folder / s["file"]: s["tokens"] * self.dtype.itemsize
-                     for info in saved["splits"].values() for s in info["shards"]}
-            if (saved["dataset"] == self.head | self.tail
-                    and all(path.stat().st_size == size for path, size in sizes.items())):
-                return saved["splits"], saved["state"]
-        except (OSError, ValueError, KeyError):  # none, or of a run that died while finishing
-            pass
-        self.progress.unlink(missing_ok=True)
-        return {}, {}
+        self.temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.folder))
 
     def add(self, split, ids, n_bytes):
         """Append ids (an integer array, any length) that stand for n_bytes of UTF-8 text."""
@@ -461,44 +457,32 @@ class DatasetWriter:
         if ids.min() < 0 or ids.max() >= self.tokenizer.vocab_size:
             raise ValueError(f"an id outside the vocabulary of {self.tokenizer.vocab_size}")
         if split not in self.open:
-            name = f"{split}_{len(info['shards']):04d}.bin.tmp"
-            self.open[split] = ShardWriter(self.folder / name)
+            name = f"{split}_{len(info['shards']):04d}.bin"
+            self.open[split] = ShardWriter(self.temporary / name)
         self.open[split].write(ids.astype(self.dtype.newbyteorder("<"), copy=False))
         if self.open[split].tokens >= self.shard_tokens:
             info["shards"].append(self.open.pop(split).close())
 
-    def checkpoint(self, state):
-        """Close the open shards and remember `state` (plain values) for a resumed run."""
-        for split in list(self.open):
-            self.splits[split]["shards"].append(self.open.pop(split).close())
-        saved = {"dataset": self.head | self.tail, "splits": self.splits, "state": state}
-        write_atomically(self.progress, json.dumps(saved).encode())
-
     def finish(self):
-        """Give the files their names, meta.json last; returns the meta as a dict."""
+        """Move the files to their place, meta.json last; returns the meta as a dict."""
         for split in ("train", "val"):
             if not self.splits.get(split, {}).get("tokens"):
                 raise DataError(f"the text leaves nothing for {split}: give more text")
         for split in list(self.open):
             self.splits[split]["shards"].append(self.open.pop(split).close())
         (self.folder / "meta.json").unlink(missing_ok=True)
+        for old in self.folder.glob("*.bin"):
+            if re.fullmatch(r"(train|val|test)(_\d+)?\.bin", old.name):
+                old.unlink()
         for split, info in self.splits.items():
             for shard in info["shards"]:
-                final = shard["file"].removesuffix(".tmp")
+                written = self.temporary / shard["file"]
                 if len(info["shards"]) == 1:
-                    final = f"{split}.bin"
-                os.replace(self.folder / shard["file"], self.folder / final)
-                shard["file"] = final
-        kept = {s["file"] for info in self.splits.values() for s in info["shards"]}
-        for old in self.folder.glob("*.bin"):
-            if re.fullmatch(r"(train|val|test)(_\d+)?\.bin", old.name) and old.name not in kept:
-                old.unlink()
-        if self.lock is not None:
-            os.fsync(self.lock)  # the names above reach the disk before meta.json does
+                    shard["file"] = f"{split}.bin"
+                os.replace(written, self.folder / shard["file"])
         meta = self.head | {"splits": self.splits} | self.tail
         text = json.dumps(meta, indent=1, ensure_ascii=False) + "\n"
         write_atomically(self.folder / "meta.json", text.encode())
-        self.progress.unlink(missing_ok=True)
         return meta
 
     def __enter__(self):
@@ -507,14 +491,9 @@ class DatasetWriter:
     def __exit__(self, *error):
         for shard in self.open.values():
             shard.file.close()
-            shard.path.unlink()
-        if not self.progress.exists():
-            for leftover in self.folder.glob("*.tmp"):
-                leftover.unlink()
-            with suppress(OSError):  # not empty
-                self.folder.rmdir()
-        if self.lock is not None:
-            os.close(self.lock)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        with suppress(OSError):  # not empty
+            self.folder.rmdir()
 
 
 def write_char_dataset(folder, text, source, val=0.1):
@@ -574,32 +553,3 @@ def parallel_map(function, items):
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-
-
-class Progress:
-    """One line on stderr, `label  43% | 12.1 M/s | eta 2.1m`; silent when it is no terminal."""
-
-    def __init__(self, label, total, unit="B"):
-        self.label, self.total, self.unit = label, max(total, 1), unit
-        self.first, self.start, self.shown_at = None, 0.0, 0.0
-        self.visible = sys.stderr.isatty()
-
-    def update(self, done):
-        """done: how many of `total` units; the rate counts from the first call on."""
-        now = time.monotonic()
-        if self.first is None:
-            self.first, self.start, self.shown_at = done, now, now
-        if not self.visible or now - self.shown_at < 0.2:
-            return
-        self.shown_at = now
-        rate = (done - self.first) / (now - self.start)
-        left = (self.total - done) / max(rate, 1e-9)
-        eta = f"{left:.0f}s" if left < 100 else f"{left / 60:.1f}m"
-        rate = f"{rate / 1e6:.1f} M" if rate > 1e5 else f"{rate / 1e3:.1f} k"
-        print(f"\r{self.label} {done / self.total:4.0%} | {rate}{self.unit}/s | "
-              f"eta {eta}\033[K", end="", file=sys.stderr, flush=True)
-
-    def close(self):
-        """Clear the line."""
-        if self.visible:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from configurator import SettingsError
-from log import held
 from model import CascadeConfig, CascadeLM
+from util.configurator import SettingsError
+from util.log import held
 
 FORMAT = 1
 

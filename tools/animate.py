@@ -11,9 +11,10 @@ from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 
-import sample
 from configurator import SettingsError, fail, override
 from dataset import DataError
+
+import sample
 
 SETTINGS = {
     **{k: v for k, v in sample.DEFAULTS.items() if k not in ("num_samples", "delay")},

@@ -6,17 +6,16 @@ sharded resumes unsharded, and back. Every process builds the model whole once, 
 """
 
 
-def shard_model(model, device, world):
-    """Slice the weights of `model` (on the CPU) over all processes; the slices live on `device`."""
+def shard_model(score, device, world):
+    """Slice the weights of score.model over all processes; the slices live on `device`. Training
+    and evaluation call `score` alone, around which the weights outside of the layers are whole."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.split(":")[0], (world,))
-    for block in model.blocks:
+    for block in score.model.blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)  # the embeddings, the last norm and the head
-    for method in ("loss", "masked_logits", "ar_logits"):  # called like forward: gather around them
-        register_fsdp_forward_method(model, method)
+    fully_shard(score, mesh=mesh)  # the embeddings, the last norm and the head
 
 
 def whole(tensor):
@@ -30,6 +29,7 @@ def slice_like(tensor, like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
+    tensor = tensor.to(like.device)
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 

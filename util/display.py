@@ -1,0 +1,134 @@
+"""The terminal: text while it is written, and a progress line."""
+
+import re
+import shutil
+import sys
+import time
+import unicodedata
+
+PLAIN, DIM, BRIGHT, OWN = "", "\x1b[2m", "\x1b[1;92m", "\x1b[1;93m"
+
+
+def columns(text):
+    """Terminal columns of a string: wide East Asian characters take two, combining marks none."""
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
+
+
+def printable(text):
+    """Text without the control characters that would move the cursor."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", " ", text)
+
+
+def wrap(pieces, width):
+    """[(style, text)] -> lines of at most `width` columns, as lists of (style, character)."""
+    lines, used = [[]], 0
+    for style, text in pieces:
+        for char in printable(text):
+            size = 1 if char.isascii() else columns(char)
+            if char == "\n" or used + size > width:
+                lines.append([])
+                used = 0
+            if char != "\n":
+                lines[-1].append((style, char))
+                used += size
+    return lines
+
+
+def styled(line):
+    """A line's characters as one string, with an escape code wherever the style changes."""
+    out, now = [], PLAIN
+    for style, char in line:
+        if style != now:
+            out.append("\x1b[0m" + style)
+            now = style
+        out.append(char)
+    return "".join(out) + ("\x1b[0m" if now else "")
+
+
+class Display:
+    """Shows the end of every sample while it is written: masks and drafts dim, new tokens bright,
+    settled text plain; in mode verify accepted drafts green and the GPT level's own tokens yellow.
+
+    It draws on the terminal's alternate screen: a resized window or the echo of Ctrl-C leaves
+    nothing behind, and on leaving the old screen and the cursor return, whatever happened.
+    """
+
+    def __init__(self, tokenizer, mask_id, out=None):
+        self.tokenizer, self.mask_id, self.out = tokenizer, mask_id, out or sys.stdout
+        encoding = (self.out.encoding or "").lower().replace("-", "")
+        self.glyph = "\u2591" if encoding.startswith("utf") else "_"
+
+    def __enter__(self):
+        self.out.write("\x1b[?1049h\x1b[?25l")
+        return self
+
+    def __exit__(self, *_):
+        self.out.write("\x1b[?25h\x1b[?1049l")
+        self.out.flush()
+
+    def pieces(self, step, row, room=sys.maxsize):
+        """[(style, text)] of one row: its last `room` tokens or more, then what is in the making.
+
+        The cut moves by whole rooms, so that lines do not break anew with every token.
+        """
+        start, settled = int(step.start[row]), int(step.settled[row])
+        end = min(start, settled)
+        cut = max(0, end - room) // room * room
+        out = [(PLAIN, self.tokenizer.decode(step.text[row, cut:end].tolist()))]
+        shown = settled - end if step.done[row] else step.block.shape[1]
+        if step.drafts is not None:
+            shown = min(shown, int(step.accepted[row]) + 1)
+        inside, new = step.block[row, :shown].tolist(), step.new[row, :shown].tolist()
+        for i, (token, fresh) in enumerate(zip(inside, new, strict=True)):
+            if token == self.mask_id:
+                out.append((DIM, self.glyph))
+                continue
+            own = step.drafts is not None and i == step.accepted[row]
+            style = OWN if own else BRIGHT if fresh else PLAIN
+            out.append((style, self.tokenizer.token_text(token)))
+        if step.drafts is not None and not step.done[row]:
+            out += [(DIM, self.tokenizer.token_text(t)) for t in step.drafts[row].tolist()]
+        return out
+
+    def show(self, step):
+        size = shutil.get_terminal_size()
+        rows = min(len(step.text), size.lines)  # of more samples than lines, the first
+        height, width = size.lines // rows, max(1, size.columns - 1)
+        lines = []
+        for row in range(rows):
+            lines += wrap(self.pieces(step, row, height * width), width)[-height:]
+        frame = "\x1b[H\x1b[J" + "\n".join(styled(line) for line in lines)
+        self.out.write("\x1b[?2026h" + frame + "\x1b[?2026l")  # drawn at once where supported
+        self.out.flush()
+
+
+class Progress:
+    """One line on stderr, `label  43% | 12.1 M/s | eta 2.1m`; silent when it is no terminal."""
+
+    def __init__(self, label, total, unit="B"):
+        self.label, self.total, self.unit = label, max(total, 1), unit
+        self.first, self.start, self.shown_at = None, 0.0, 0.0
+        self.visible = sys.stderr.isatty()
+
+    def update(self, done):
+        """done: how many of `total` units; the rate counts from the first call on."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first, self.start, self.shown_at = done, now, now
+        if not self.visible or now - self.shown_at < 0.2:
+            return
+        self.shown_at = now
+        rate = (done - self.first) / (now - self.start)
+        left = (self.total - done) / max(rate, 1e-9)
+        eta = f"{left:.0f}s" if left < 100 else f"{left / 60:.1f}m"
+        rate = f"{rate / 1e6:.1f} M" if rate > 1e5 else f"{rate / 1e3:.1f} k"
+        print(f"\r{self.label} {done / self.total:4.0%} | {rate}{self.unit}/s | "
+              f"eta {eta}\033[K", end="", file=sys.stderr, flush=True)
+
+    def close(self):
+        """Clear the line."""
+        if self.visible:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

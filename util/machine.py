@@ -1,0 +1,230 @@
+"""The machine a script runs on: device, dtype, attention path, FLOPs, signals, and the processes
+of torchrun."""
+
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from util.configurator import SettingsError, fail
+
+# dense bf16 matrix peaks in FLOP/s from the vendors' data sheets, for MFU; float32 products take
+# TF32 units ("high" precision), at half of that
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def cpu_multiplies_bf16():
+    """Whether the processor has matrix or dot-product units for bf16 (else torch emulates it)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def choose_device(name, local_rank=0):
+    """A device's name from the setting `device`; SettingsError for one that is not here.
+
+    Left out: mps, which has no float64, and the draws and sums here are made in it.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        name = "cuda" if gpus else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    if name != "cpu" and name not in [f"cuda:{i}" for i in range(gpus)]:
+        raise SettingsError(f"--device={name} is not on this machine ({gpus} GPUs): use auto, cpu")
+    return name
+
+
+def choose_dtype(s, device, small=False):
+    """Resolve s.dtype; returns why. `small`: for passes of few tokens, as in decoding, where a CPU
+    gains nothing by bf16."""
+    why = "as set"
+    if s.dtype == "auto" and device == "cpu" and small:
+        s.dtype, why = "float32", "passes of few tokens gain nothing by bf16 on a CPU"
+    elif s.dtype == "auto":
+        cpu = device == "cpu"
+        has = cpu_multiplies_bf16() if cpu else torch.cuda.is_bf16_supported()
+        s.dtype = "bfloat16" if has else "float32"
+        why = f"this {'processor' if cpu else 'GPU'} has {'' if has else 'no '}bf16 units"
+    if s.dtype not in ("bfloat16", "float32"):
+        raise SettingsError(f"--dtype must be auto, bfloat16 or float32, not {s.dtype!r}")
+    return why
+
+
+def autocast(s):
+    """The context in which the settings' dtype is computed in."""
+    on = s.dtype == "bfloat16"
+    return torch.autocast(s.device.split(":")[0], dtype=torch.bfloat16) if on else nullcontext()
+
+
+def choose_machine(s, local_rank=0, world=1):
+    """Resolve device, dtype, attention and compile to what will run; returns lines that say why."""
+    if world > 1 and ":" in s.device:
+        raise SettingsError(f"--device={s.device} would put {world} processes on one GPU: use auto")
+    s.device = choose_device(s.device, local_rank)
+    on_cuda = s.device.startswith("cuda")
+    why = choose_dtype(s, s.device)
+    if s.compile not in ("auto", "true", "false"):
+        raise SettingsError(f"--compile must be auto, true or false, not {s.compile!r}")
+    narrow = s.n_embd < 16 * s.n_head  # FlexAttention's kernels start at a head dimension of 16
+    if s.attention == "auto":
+        flex = on_cuda and s.compile != "false" and not narrow
+        s.attention = "flex" if flex else "chunk"
+    s.compile = s.attention == "flex" if s.compile == "auto" else s.compile == "true"
+    if s.attention == "flex" and (narrow or not (on_cuda and s.compile)):
+        raise SettingsError(
+            "--attention=flex needs CUDA, --compile=true and heads of 16 or more; use chunk"
+        )
+    note = {"chunk": "exact, in chunks of whole blocks; flex, faster, needs CUDA",
+            "flex": "FlexAttention with a cached block mask"}[s.attention]
+    name = torch.cuda.get_device_name(s.device) if on_cuda else s.device
+    found = {"device": name, "dtype": f"{s.dtype}: {why}", "attention": f"{s.attention}: {note}"}
+    return [f"{what:10s} {value}" for what, value in found.items()]
+
+
+def peak_flops(s):
+    """The matrix peak of the settings' GPU in their dtype, or None where it is not in the table."""
+    if not s.device.startswith("cuda"):
+        return None
+    name = torch.cuda.get_device_name(s.device)
+    peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return peak / 2 if peak and s.dtype == "float32" else peak
+
+
+def train_flops(c, batch, masked, copies=1, attention=True):
+    """Matrix FLOPs of one training step (forward and backward) on `batch` sequences.
+
+    A product with P weights costs 2 P per token forward and 4 P backward: 6 P. Attention over
+    E visible entries costs 2 * 2 E D per head forward, three times that in all: 12 E H D.
+    Of the last layer, only the tokens with a loss pass through o, the MLP and the head: the
+    `masked` ones, of all copies together, and with a causal context the clean ones but the last.
+    Through the local head each masked token passes twice, but for what h alone contributes.
+    """
+    N, C, ar, causal = c.seq_len, c.n_embd, c.objective == "ar", c.context == "causal"
+    kv, head, tokens = 2 * C * c.n_kv_head * c.head_dim, C * c.vocab_size, batch * N
+    q, tail, streams = C * C, C * C + 3 * C * c.n_hidden, 1 if ar else 1 + copies
+    clean = tokens if ar else batch * (N - 1) if causal else 0  # tokens with a loss
+    weights = streams * tokens * (c.n_layer - 1) * (q + kv + tail)
+    weights += tokens * ((streams - (not causal)) * q + streams * kv) + (clean + masked) * tail
+    weights += (clean + masked * (2 if c.local_window else 1)) * head
+    if c.local_window:
+        left = c.local_window * max(1, C // 4)
+        weights += masked * 2 * c.local_hidden * (C + 2 * left + C)
+    noisy = (streams - 1) * batch * N * (N + c.block_size) // 2  # visible entries in a layer
+    own = batch * N * (N + (1 if causal else c.block_size)) // 2
+    entries = c.n_layer * noisy + (c.n_layer - (not causal)) * own
+    return 6 * weights + attention * 12 * C * entries
+
+
+class Stop:
+    """Within it SIGINT and SIGTERM ask the loop to finish its step and save; a later one ends at
+    once. Later means by a second: torchrun repeats to its workers what the terminal has sent."""
+
+    def __init__(self):
+        self.asked, self.at = False, 0.0
+
+    def __enter__(self):
+        self.before = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, _frame):
+        if self.asked and time.monotonic() > self.at + 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not self.asked:
+            self.asked, self.at = True, time.monotonic()
+
+
+class Processes:
+    """torchrun's view of this process, or a world of one; `close` ends the group."""
+
+    def __init__(self):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        self.lock = None  # the main process's claim on out_dir, an open file
+
+    def open(self, device):
+        """Join the group; `device` is this process's own, as choose_device names it."""
+        on_cuda = device.startswith("cuda")
+        if on_cuda:
+            torch.cuda.set_device(device)
+        if self.world > 1:  # gloo for what the hosts decide, so that no GPU has to be waited for
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+
+    def sum(self, tensor):
+        """Sum over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_main(self, *numbers):
+        """The main process's floats, on every process: decisions by the clock must agree."""
+        if self.world == 1:
+            return numbers
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        dist.broadcast(tensor, src=0)
+        return tensor.tolist()
+
+    def main_first(self, work):
+        """work() on the main process, returned there; its SettingsError ends all the processes."""
+        result = error = None
+        if self.main:
+            try:
+                result = work()
+            except SettingsError as e:
+                error = e
+        if self.from_main(float(error is not None))[0]:
+            said = [str(error)]
+            if self.world > 1:
+                dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
+            raise error or SettingsError(said[0])
+        return result
+
+    def fail(self, error):
+        """configurator.fail, but what the main process says too is left to it.
+
+        It is heard through torchrun's store; without that, or without a word from it within a few
+        seconds, every process speaks for itself.
+        """
+        if self.world > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            key = "error" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+            try:
+                address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=3))
+                if self.main:
+                    store.set(key, str(error))
+                elif store.get(key).decode() == str(error):
+                    sys.exit(2)
+            except RuntimeError:  # the store has gone, or the main process goes on
+                pass
+        fail(error)
+
+    def lost(self, error):
+        """Whether a RuntimeError says that another process of the group has gone."""
+        words = ("gloo", "NCCL", "Connection", "Broken pipe")
+        return self.world > 1 and (isinstance(error, dist.DistError) or
+                                   any(w in str(error) for w in words))
+
+    def wait(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        if self.lock:
+            self.lock.close()
