@@ -223,7 +223,7 @@ def bench_memory(s, argv):
 
 
 def decode_contestants(s):
-    """{name: (model, options)} and {name: (NLL, error)}: the AR baseline, and modes of the model."""
+    """{name: (model, options)} and {name: (NLL, error)}: the AR baseline and the model's modes."""
     data, found, nll = None, {}, {}
     for folder in (s.ar_dir, s.out_dir):
         model, state = load_model(folder, s.device)
@@ -286,7 +286,8 @@ def bench_decode(s):
 def print_decode(r, first):
     if first:
         print("batch  mode       tokens/pass  tokens/s   times the AR baseline   NLL of its text")
-    print(f"{r['batch']:5d}  {r['mode']:9s} {r['tokens_per_pass']:12.2f} {r['tokens_per_s']:9,.0f}   "
+    print(f"{r['batch']:5d}  {r['mode']:9s} {r['tokens_per_pass']:12.2f} "
+          f"{r['tokens_per_s']:9,.0f}   "
           f"{r['of_ar'][0]:6.2f} ({r['of_ar'][1]:.2f}-{r['of_ar'][2]:.2f})      "
           f"{r['nll']:.3f} +- {r['nll_error']:.3f}", flush=True)
 
