@@ -1,7 +1,7 @@
 """enwik8 by bytes on the standard 90M / 5M / 5M split: bits per byte on a public yardstick.
 
     python data/enwik8/prepare.py --from_pip             100 MB on disk; readme.md there
-    python train.py config/enwik8.py                     one GPU; not measured on GPU yet
+    python train.py config/enwik8.py                     one GPU; not measured on one yet
     python train.py config/enwik8.py --n_layer=4 --n_head=4 --n_embd=192 --seq_len=128 \
         --batch_size=16 --max_minutes=30                 a laptop's share of it
 """

@@ -3,8 +3,7 @@
     python data/fineweb_edu/prepare.py --tokens=200M     400 MB on disk; readme.md there
     python train.py config/fineweb_nano.py
 
-Not measured on GPU yet. 2 P + 4 P FLOPs per token and stream on 2.7M parameters outside the
-embedding, three streams, and the head on masked tokens alone: about 2e16 FLOPs in all.
+Not measured on a GPU yet.
 """
 
 out_dir = "out/fineweb_nano"
@@ -13,7 +12,6 @@ n_layer = 6
 n_head = 6
 n_embd = 192  # 50,258 x 192 = 9.6M tied embeddings + 6 layers of 0.44M = 12.3M
 tie_embeddings = True
-neighbours = 0  # a gain for characters; not compared on such tokens, where it adds 2.4M parameters
 seq_len = 512
 block_size = 16
 batch_size = 64  # 64 x 512 = 32,768 tokens

@@ -1,20 +1,18 @@
-"""nanoGPT's baby GPT on tiny Shakespeare, by characters, as a block-diffusion model.
+"""nanoGPT's baby GPT on tiny Shakespeare, by characters, as a model of three levels.
 
     python data/shakespeare_char/prepare.py
     python train.py config/shakespeare_char.py           one GPU; not measured on a GPU yet
-    python train.py config/shakespeare_char.py --objective=ar --block_size=1 --out_dir=out/sc_ar
+    python train.py config/shakespeare_char.py --objective=ar --out_dir=out/sc_ar
 
 The shape, batch and steps are those of nanoGPT's config/train_shakespeare_char.py: 6 layers, 6
 heads, width 384, context 256, 64 sequences, 5,000 steps; its autoregressive loss is 1.4697 nats a
-character (nanoGPT's README, an A100, 3 minutes). The bound to compare with it carries `<=`. There
-is no dropout here, which nanoGPT has at 0.2 against its 82 passes over the text: watch the best
-bound (best.pt), not the last.
+character (nanoGPT's README, an A100, 3 minutes). There is no dropout here, which nanoGPT has at 0.2
+against its 82 passes over the text: look at the best checkpoint (best.pt), not the last.
 """
 
 out_dir = "out/shakespeare_char"
 dataset = "shakespeare_char"  # 65 characters, 1,003,854 of them for training
 block_size = 4  # S
-neighbours = 0  # nanoGPT has none; 3 of them, as for the nano, are one setting away
 n_layer = 6
 n_head = 6
 n_embd = 384  # 6 layers of 4 x 384 x 384 + 3 x 384 x 1024 = 1.77M: 10.7M in all
