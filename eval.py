@@ -368,16 +368,17 @@ class Evaluation:
 
         return {"batch": self.s.batch, "tick": tick}
 
-    def line(self, name, sign, each, passes=None):
-        """Say a likelihood in nats per token, bits per byte and perplexity; its figures by name."""
+    def line(self, method, sign, each, passes=math.nan):
+        """Say a likelihood in nats per token, bits per byte and perplexity; its row of figures."""
         mean, error = each.mean().item(), window_error(each)
         bits = mean / math.log(2) / self.text.bytes_per_token
         self.say(
-            f"{name:20s} {sign:>2} {mean:.4f} +- {error:.4f} nats/token  {sign:>2} {bits:.4f} "
+            f"{method:20s} {sign:>2} {mean:.4f} +- {error:.4f} nats/token  {sign:>2} {bits:.4f} "
             f"bits/byte  {sign:>2} {math.exp(mean):.3f} perplexity"
-            + (f"  {passes:.3f} passes/token" if passes else "")
+            + ("" if math.isnan(passes) else f"  {passes:.3f} passes/token")
         )
-        return {name: mean, f"{name}_error": error}
+        return {"method": method, "sign": sign, "windows": len(each), "nll": mean,
+                "nll_error": error, "bits_per_byte": bits, "passes_per_token": passes}
 
     def control(self):
         """The n-gram of the training text, or None."""
@@ -387,34 +388,34 @@ class Evaluation:
         return NGram(text.window([0], min(len(text), 10**7))[0], self.c.vocab_size, self.s.ngram)
 
     def likelihood(self):
-        """Every level, the bound's shape over k, rules at K passes, and the control."""
+        """Every level, the control, rules at K passes, and the bound's shape over k."""
         s, c, x0 = self.s, self.c, self.cut(self.c.seq_len, self.s.windows)
-        found, every = {"windows": len(x0)}, torch.ones(1, c.seq_len, dtype=torch.bool)
-        if c.context == "causal":
-            def gpt(x):
-                nll = token_nll(self.score, x, every.expand(1, *x.shape))
-                first = nll["joint"][0, :, 0] if "joint" in nll else 0.0
-                return (nll["gpt"].sum(dim=1) + first) / c.seq_len
+        table, every = [], torch.ones(1, c.seq_len, dtype=torch.bool)
 
-            found |= self.line("gpt", "=", in_batches(gpt, x0, **self.how(len(x0))))
+        def gpt(x):
+            nll = token_nll(self.score, x, every.expand(1, *x.shape))
+            first = nll["joint"][0, :, 0] if "joint" in nll else 0.0
+            return (nll["gpt"].sum(dim=1) + first) / c.seq_len
+
+        if c.context == "causal":
+            table.append(self.line("gpt", "=", in_batches(gpt, x0, **self.how(len(x0))), 1.0))
         if c.objective == "diffusion":
             loss, k = score_noise(self.score, x0, s.seed, **self.how(len(x0)))
-            found |= self.line("bound", "<=", loss.mean(dim=1))
+            table.append(self.line("bound", "<=", loss.mean(dim=1)))
         control = self.control()
         if control:
-            found |= self.line(f"{s.ngram}-gram", "=", control.nll(x0))
+            table.append(self.line(f"{s.ngram}-gram", "=", control.nll(x0)))
         if c.objective == "ar":
-            return [found]
+            return table
         x0 = self.cut(c.seq_len, s.rule_windows)
         for rule, K in rule_grid(s.rows, c, exact=True):
             nll, passes = score_rule(self.score, x0, rule, K, **self.how(len(x0)))
-            found |= self.line(f"{rule} {K:g}", "=", nll, passes.mean().item())
+            table.append(self.line(f"{rule} {K:g}", "=", nll, passes.mean().item()))
         if c.block_size > 1:
             count = torch.bincount(k.flatten(), minlength=c.block_size + 1)[1:]
             total = torch.bincount(k.flatten(), loss.flatten(), minlength=c.block_size + 1)[1:]
-            found["by_k"] = (total / count).tolist()
             self.say(chart(total, count))
-        return [found]
+        return table
 
     def drafts(self):
         """Tokens a pass of mode verify at temperature 1, by the block level and by the control, and
@@ -459,14 +460,13 @@ class Evaluation:
         how = self.how(len(x0) * 2**S)
         bound, order, ltr = score_exact(self.score, x0, **how)
         estimate = score_noise(self.score, x0, s.seed, **how)[0].mean(dim=1)
-        found = {"windows": len(x0)}
-        for name, sign, each in (("exact bound", "<=", bound), ("random order", "=", order),
-                                 ("left to right", "=", ltr), ("estimated bound", "<=", estimate)):
-            found |= self.line(name, sign, each)
+        table = [self.line(*each) for each in (
+            ("exact bound", "<=", bound), ("random order", "=", order),
+            ("left to right", "=", ltr), ("estimated bound", "<=", estimate))]
         for name, off in (("the exact bound above the random order's NLL", bound - order),
                           ("the estimate above the exact bound", estimate - bound)):
             self.say(f"{name}: {off.mean().item():+.4f} +- {window_error(off):.4f} nats/token")
-        return [found]
+        return table
 
     def samples(self):
         """Each rule's text under the judge; the first row is held-out text of the same length."""

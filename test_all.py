@@ -916,38 +916,50 @@ def test_muon():
     return within(((mine - theirs).norm() / moved).item(), 0.02, "relative difference of 20 steps")
 
 
-def memorise(corruption, schedule, weighting, context, rate, muon_rate):
-    """(first, last ten's mean) masked cross-entropy of 200 steps on one batch of (4, 64) random
-    tokens out of 128, S = 8."""
-    torch.manual_seed(0)
-    s = SimpleNamespace(**{**train.DEFAULTS, "dtype": "float32", "warmup_steps": 10,
-                           "optimizer": "muon", "learning_rate": rate, "muon_lr": muon_rate})
+def memorise(corruption, schedule, weighting, context, how, seed=0):
+    """(before, after) 200 steps on one batch of (4, 64) random tokens out of 128, S = 8: the masked
+    cross-entropy, a mean over 50 draws of the training noise."""
+    torch.manual_seed(seed)
+    s = SimpleNamespace(**{**train.DEFAULTS, "dtype": "float32", "warmup_steps": 10, **how})
     net = cascade.CascadeLM(cascade.CascadeConfig(
-        vocab_size=128, seq_len=64, block_size=8, n_layer=2, n_head=4, n_embd=128, context=context,
-        local_window=4 if context == "causal" else 0,
+        vocab_size=128, seq_len=64, block_size=8, n_layer=s.n_layer, n_head=4, n_embd=s.n_embd,
+        context=context, local_window=4 if context == "causal" else 0,
     ))
-    optimizers = optim.make_optimizers(net, s)
-    score, losses = Score(net), []
+    optimizers, score = optim.make_optimizers(net, s), Score(net)
     x0 = torch.randint(128, (4, 64), generator=generator())
+
+    def losses(draw):
+        """(training loss, mean masked cross-entropy) under one draw of the noise."""
+        noisy = corruption(x0, 8, 128, generator(draw), schedule, train.rates(s), weighting)
+        index = noisy.mask.flatten().nonzero()[:, 0]
+        one = corruption is corrupt.corrupt_target_block
+        gpt, single, joint = score(x0, noisy.xt if one else noisy.xt[None], index)
+        loss = (single * noisy.weight.flatten()[index]).sum() / noisy.m.numel()
+        return loss if gpt is None else loss + gpt.mean() + joint.mean(), single.mean()
+
+    def measured():
+        with torch.no_grad():
+            return float(np.mean([losses(1000 + draw)[1].item() for draw in range(50)]))
+
+    before = measured()
     for step in range(200):
-        for optimizer, peak in zip(optimizers, (rate, muon_rate), strict=True):
+        for optimizer, peak in zip(optimizers, (s.learning_rate, s.muon_lr), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * optim.lr_factor(step, step / 200, s)
-        how = x0, 8, 128, generator(step), schedule, corrupt.RATES, weighting
-        noisy = corruption(*how)
-        blocks = noisy.m.numel()
-        xt = noisy.xt if corruption is corrupt.corrupt_target_block else noisy.xt[None]
-        index = noisy.mask.flatten().nonzero()[:, 0]
-        gpt, single, joint = score(x0, xt, index)
-        loss = (single * noisy.weight.flatten()[index]).sum() / blocks
-        if gpt is not None:
-            loss = loss + gpt.mean() + joint.mean()
-        loss.backward()
+        losses(step)[0].backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        losses.append(single.mean().item())
-    return losses[0], np.mean(losses[-10:])
+    return before, measured()
+
+
+# corrupt_target_block shows a step one block of each example, so it takes large steps; and low rates,
+# where a weight of 1 / m makes one token outweigh all others, are left out. The four first blocks
+# cannot be told apart when all is masked: 0.12 nats of the 0.5
+TARGET = {"n_layer": 1, "n_embd": 128, "learning_rate": 0.05, "muon_lr": 0.03, "beta1": 0.6,
+          "beta2": 0.9, "weight_decay": 0.0, "m_min": 0.9}
+EVERY = {"n_layer": 2, "n_embd": 128, "learning_rate": 3e-3, "muon_lr": 1e-2}
 
 
 def test_memorisation():
@@ -957,19 +969,15 @@ def test_memorisation():
     every, target = corrupt.corrupt_all_blocks, corrupt.corrupt_target_block
     found = {}
     for name, *how in (
-        ("cascade", every, "balanced", "elbo", "causal", 3e-3, 1e-2),
-        ("all blocks", every, "balanced", "elbo", "block", 3e-3, 1e-2),
-        ("target, bound", target, "uniform", "elbo", "block", *SEED_RATES["elbo"]),
-        ("target, note", target, "uniform", "cascade", "block", *SEED_RATES["cascade"]),
+        ("three levels", every, "balanced", "elbo", "causal", EVERY),
+        ("all blocks", every, "balanced", "elbo", "block", EVERY),
+        ("target, bound", target, "uniform", "elbo", "block", TARGET),
+        ("target, note", target, "uniform", "cascade", "block", TARGET),
     ):
-        first, last = memorise(*how)
-        assert abs(first - math.log(128)) < 0.05, (name, first)
-        found[name] = last
+        before, found[name] = memorise(*how)
+        assert abs(before - math.log(128)) < 0.05, (name, before)
     said = ", ".join(f"{name} {last:.2f}" for name, last in found.items())
-    return within(max(found.values()), 0.5, f"from {first:.2f}: {said}; the worst")
-
-
-SEED_RATES = {"elbo": (1e-2, 2e-2), "cascade": (1e-2, 2e-2)}  # AdamW's and Muon's
+    return within(max(found.values()), 0.5, f"from {before:.2f}: {said}; the worst")
 
 
 def test_seeds_and_micro_batches():
@@ -1108,7 +1116,7 @@ def test_two_processes():
                     for k, a in states[0]["model"].items())
         for name in ("bound", "gpt", "joint"):
             finals = [x["final"][name][0] for x in states]
-            assert max(finals) - min(finals) < 1e-5, finals
+            assert max(finals) - min(finals) < 5e-5, finals
         logs = [read_log(f"{folder}/{n}/log.csv") for n in runs]
         assert [len(x) for x in logs] == [50, 50, 50]
         for rows in zip(*logs, strict=True):

@@ -3,8 +3,8 @@
     python data/fineweb_edu/prepare.py --tokens=10B      20 GB on disk; readme.md there
     torchrun --nproc_per_node=8 train.py config/base.py
 
-Not measured on a GPU yet. By its FLOPs a step takes about three times that of the AR baseline: three
-streams, two of them noisy copies.
+Not measured on a GPU yet. By its FLOPs a step takes about three times that of the AR baseline:
+three streams, two of them noisy copies.
 """
 
 out_dir = "out/base"

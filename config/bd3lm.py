@@ -6,8 +6,8 @@ block-causally, no GPT level, no local head.
     python train.py config/bd3lm.py --corruption=target --noise=uniform --weighting=cascade \
         --out_dir=out/note                               one target block per sequence
 
-The second is nearest to the paper's own training noise; the third is CASCADE's Phase 1 note as it is
-written. results/README.md has this model beside the three levels, at equal time.
+The second is nearest to the paper's own training noise; the third is CASCADE's Phase 1 note as it
+is written. results/README.md has this model beside the three levels.
 """
 
 out_dir = "out/bd3lm"
