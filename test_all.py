@@ -954,7 +954,7 @@ def memorise(corruption, schedule, weighting, context, how, seed=0):
     return before, measured()
 
 
-# corrupt_target_block shows a step one block of each example, so it takes large steps; and low rates,
+# corrupt_target_block shows a step one block of each example, so it takes large steps; low rates,
 # where a weight of 1 / m makes one token outweigh all others, are left out. The four first blocks
 # cannot be told apart when all is masked: 0.12 nats of the 0.5
 TARGET = {"n_layer": 1, "n_embd": 128, "learning_rate": 0.05, "muon_lr": 0.03, "beta1": 0.6,
