@@ -11,7 +11,6 @@ it, on all cores and in constant memory. Nothing exists until the whole is writt
 """
 import gzip
 import lzma
-import re
 import sys
 import zlib
 from pathlib import Path
@@ -227,7 +226,7 @@ def parse_arguments():
 def check_arguments(args):
     if not args.input or not args.name:
         raise DataError("give --input=PATH, text files or folders, and --name=NAME")
-    if not re.fullmatch(r"\w[\w.-]*", args.name):
+    if not dataset.PLAIN_NAME.fullmatch(args.name):
         raise DataError(f"--name={args.name} does not name a folder: use letters, digits and . - _")
     if (dataset.REPOSITORY / "data" / args.name / "prepare.py").exists():
         raise DataError(f"data/{args.name} has a prepare.py of its own: choose another --name")
