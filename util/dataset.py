@@ -245,7 +245,7 @@ def check_meta(meta):
         field(info, "tokens", int, tokens or 1, tokens)
         field(info, "bytes", int, 1, 128 * tokens)  # no token of GPT-2 is longer
     if not all(map(PLAIN_NAME.fullmatch, names)):
-        raise ValueError("a name has other characters than letters, digits and . - _")
+        raise ValueError("a name or file has other characters than letters, digits and . - _")
 
 
 def identity(meta):
