@@ -14,10 +14,9 @@ A dataset is a folder, data/<name>/, of token ids and one description:
                                            "sha256": "..."}]}, "val": {...}},
                            "source": "one line"}
 
-meta.json is written last, so a folder without it is not a dataset. A dataset may come from a
-stranger: check_meta is the one door, and behind it nothing is believed that was not checked there.
-A user's mistake raises DataError: one line that ends with the remedy. $CASCADE_DATA moves the data
-folder elsewhere.
+meta.json is written last, so a folder without it is not a dataset. It may come from a stranger:
+check_meta is the one door. A user's mistake raises DataError: one line that ends with the remedy.
+$CASCADE_DATA moves the data folder elsewhere.
 """
 import argparse
 import hashlib
@@ -40,6 +39,8 @@ from urllib.request import urlopen
 
 import numpy as np
 
+from util.configurator import SettingsError
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARD_TOKENS = 100_000_000
 LARGEST_META = 16 << 20  # bytes; every character of Unicode and 10,000 shards fit
@@ -56,7 +57,7 @@ def plain(text):
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 
-class DataError(Exception):
+class DataError(SettingsError):
     """A user's mistake; str() is one plain line with the remedy, printed after `error: `."""
 
     def __init__(self, message):
@@ -159,11 +160,9 @@ class ByteTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding, by tiktoken.
-
-    Its two files are looked up in $TIKTOKEN_CACHE_DIR, else where install_bpe put them, in
-    .tiktoken/ of the data folder, else tiktoken downloads them. DataError when none of it works.
-    """
+    """GPT-2's byte-pair encoding, by tiktoken. Its two files are looked up in $TIKTOKEN_CACHE_DIR,
+    else where install_bpe put them, in .tiktoken/ of the data folder, else tiktoken downloads them.
+    DataError when none of it works."""
     kind, vocab_size = "gpt2", 50257
     # name, name in tiktoken's cache, sha256; tiktoken demands the same
     files = (
@@ -261,13 +260,9 @@ def identity(meta):
 
 
 def load_dataset(name, seq_len=1):
-    """
-    Open a prepared dataset: `name` of data/<name>/, or the path of such a folder.
-
-    Checked: the whole of meta.json; each shard's presence and length; every id against the
-    vocabulary (12 GB a second from memory); at least `seq_len` tokens in each split. Hashes are not
-    recomputed. Raises DataError.
-    """
+    """Open a prepared dataset: `name` of data/<name>/, or the path of such a folder. Checked are
+    the whole of meta.json, each shard's length, every id (at 12 GB a second from memory) and that
+    each split has `seq_len` tokens; hashes are not recomputed. Raises DataError."""
     folder = data_root() / name if PLAIN_NAME.fullmatch(str(name)) else Path(name)
     return Dataset(folder, seq_len)
 
@@ -302,10 +297,8 @@ def load_or_prepare(name, seq_len, processes):
 
 
 class Prefetch:
-    """`prefetch(step)` is make(step), made by a thread while the step before was computing.
-
-    `waited` counts the seconds that the training loop had to wait for data.
-    """
+    """`prefetch(step)` is make(step), made by a thread while the step before was computing;
+    `waited` counts the seconds that the training loop had to wait for data."""
 
     def __init__(self, make):
         self.make, self.pool, self.waited = make, ThreadPoolExecutor(1), 0.0
@@ -381,11 +374,8 @@ class Split:
         return self.bytes / self.tokens
 
     def window(self, starts, length):
-        """
-        The windows [start, start + length) as int64 (B, length), across shard borders.
-
-        starts: int64 (B,). Raises IndexError when a window leaves the split.
-        """
+        """The windows [start, start + length) as int64 (B, length), across shard borders. starts:
+        int64 (B,). Raises IndexError when a window leaves the split."""
         starts = np.asarray(starts, np.int64)
         if len(starts) and (starts.min() < 0 or starts.max() + length > self.tokens):
             raise IndexError(f"a window of {length} tokens leaves the split of {self.tokens}")
@@ -455,8 +445,8 @@ class DatasetWriter:
             writer.add("train", ids, n_bytes)      # in order, any number of times, per split
             writer.finish()
 
-    A shard is closed by the piece that fills it to `shard_tokens`. A dataset that is there already
-    stays as it is until finish() replaces it.
+    A shard is closed by the piece that fills it to `shard_tokens`. A dataset that is there stays
+    as it is until finish() replaces it.
     """
 
     def __init__(self, folder, tokenizer, source, shard_tokens=SHARD_TOKENS):
@@ -498,12 +488,9 @@ class DatasetWriter:
         self.splits[split]["shards"][-1]["sha256"] = sha256.hexdigest()
 
     def finish(self):
-        """
-        Move the files to their place; returns the meta as a dict.
-
-        No new shard takes the name of an old one, and meta.json, replaced in one step, leaves the
-        old for the new: broken off at any moment, the folder holds one of the two, whole.
-        """
+        """Move the files to their place; returns the meta as a dict. No new shard takes the name of
+        an old one, and meta.json turns from the old to the new in one step: broken off at any
+        moment, the folder holds one of the two datasets, whole."""
         for split in ("train", "val"):
             if not self.splits.get(split, {}).get("bytes"):
                 raise DataError(f"the text leaves nothing for {split}: give more text")
@@ -523,8 +510,7 @@ class DatasetWriter:
         text = json.dumps(meta, indent=1, ensure_ascii=False) + "\n"
         write_atomically(self.folder / "meta.json", text.encode())
         for old in self.folder.glob("*.bin"):
-            ours = re.fullmatch(r"(train|val|test)(_\d+)?(-[0-9a-f]{16})?\.bin", old.name)
-            if ours and old.name not in used:
+            if old.name not in used and re.match("(train|val|test)[_.-]", old.name):
                 old.unlink()
         return meta
 
@@ -585,12 +571,8 @@ def report(folder, meta):
 
 
 def parallel_map(function, items):
-    """
-    Like map, in order, with a thread per core; `items` may be endless, few are held at a time.
-
-    Threads suffice: tiktoken, numpy and hashlib release the interpreter lock, and no text has to be
-    copied to another process.
-    """
+    """Like map, in order, with a thread per core (tiktoken, numpy and hashlib release the
+    interpreter lock); `items` may be endless, few are held at a time."""
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         pending = deque()
