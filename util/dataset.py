@@ -58,10 +58,7 @@ def plain(text):
 
 
 class DataError(SettingsError):
-    """A user's mistake; str() is one plain line with the remedy, printed after `error: `."""
-
-    def __init__(self, message):
-        super().__init__(plain(message))
+    """A user's mistake; str() is one line with the remedy, printed after `error: `."""
 
 
 def data_root():
