@@ -232,7 +232,9 @@ def check_meta(meta):
     names = [field(meta, "name", str)]
     if field(meta, "dtype", str) != smallest_dtype(meta["vocab_size"]).name:
         raise ValueError(f"dtype is not {smallest_dtype(meta['vocab_size']).name}")
-    for split, info in field(meta, "splits", dict).items():
+    splits = field(meta, "splits", dict)
+    field(splits, "train", dict), field(splits, "val", dict)
+    for split, info in splits.items():
         shards = field(info, "shards", list)
         tokens = sum(field(shard, "tokens", int, 1, 1 << 48) for shard in shards)
         names += [split, *(field(shard, "file", str) for shard in shards)]
@@ -247,21 +249,10 @@ def check_meta(meta):
 def identity(meta):
     """What data a meta.json describes: {split: sha256 of its shards' hashes, ..., "vocabulary":
     sha256}. Equal identities are the same tokens in the same shards, whatever their folder."""
-    def sha256(value):
-        return hashlib.sha256(json.dumps(value).encode()).hexdigest()
-
-    vocabulary = [meta.get(key) for key in ("tokenizer", "vocab_size", "eot", "chars")]
-    splits = {name: [s["sha256"] for s in info["shards"]] for name, info in meta["splits"].items()}
-    return {name: sha256(shards) for name, shards in splits.items()} | {
-        "vocabulary": sha256(vocabulary)}
-
-
-def load_dataset(name, seq_len=1):
-    """Open a prepared dataset: `name` of data/<name>/, or the path of such a folder. Checked are
-    the whole of meta.json, each shard's length, every id (at 12 GB a second from memory) and that
-    each split has `seq_len` tokens; hashes are not recomputed. Raises DataError."""
-    folder = data_root() / name if PLAIN_NAME.fullmatch(str(name)) else Path(name)
-    return Dataset(folder, seq_len)
+    found = {name: [s["sha256"] for s in info["shards"]] for name, info in meta["splits"].items()}
+    found["vocabulary"] = [meta.get(key) for key in ("tokenizer", "vocab_size", "eot", "chars")]
+    return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest()
+            for name, value in found.items()}
 
 
 def holds_data(folder):
@@ -310,10 +301,16 @@ class Prefetch:
 
 
 class Dataset:
-    """A prepared dataset: .name, .meta (dict), .vocab_size, .tokenizer, .split("train" | "val")."""
+    """
+    A prepared dataset: .name, .meta (dict), .vocab_size, .tokenizer, .split("train" | "val").
 
-    def __init__(self, folder, seq_len=1):
-        self.folder = Path(folder)
+    `name` is that of data/<name>/, or the path of such a folder. Checked are the whole of
+    meta.json, each shard's length, every id (at 12 GB a second from memory) and that each split
+    has `seq_len` tokens; hashes are not recomputed. Raises DataError.
+    """
+
+    def __init__(self, name, seq_len=1):
+        self.folder = data_root() / name if PLAIN_NAME.fullmatch(str(name)) else Path(name)
         remedy = f"run {prepare_command(self.folder)}"
         if not os.path.isfile(self.folder / "meta.json"):
             raise DataError(f"no dataset at {shown(self.folder)}: {remedy}")
@@ -341,6 +338,9 @@ class Dataset:
             raise DataError(f"{shown(self.folder)} has no split {name!r}: use one of "
                             f"{', '.join(self.splits)}")
         return self.splits[name]
+
+
+load_dataset = Dataset
 
 
 class Split:
