@@ -248,7 +248,9 @@ def check_meta(meta):
 
 def identity(meta):
     """What data a meta.json describes: {split: sha256 of its shards' hashes, ..., "vocabulary":
-    sha256}. Equal identities are the same tokens in the same shards, whatever their folder."""
+    sha256}. Equal identities are the same tokens in the same shards, whatever their folder. Raises
+    ValueError when meta describes none: a checkpoint's may be anything."""
+    check_meta(meta)
     found = {name: [s["sha256"] for s in info["shards"]] for name, info in meta["splits"].items()}
     found["vocabulary"] = [meta.get(key) for key in ("tokenizer", "vocab_size", "eot", "chars")]
     return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest()
