@@ -378,7 +378,7 @@ def test_data_killed():
              "preexec_fn": functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)}
     codes = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
     with roots() as (root, source):
-        (source / "text").write_bytes(prose(30_000_000))
+        (source / "text").write_bytes(prose(16_000_000))
         small_dataset(root / "old")
         for number, had in [(signal.SIGKILL, False), *((number, True) for number in codes)]:
             shutil.rmtree(root / "mine", ignore_errors=True)
@@ -397,7 +397,7 @@ def test_data_killed():
             else:
                 refuses(lambda: dataset.load_dataset("mine"), "no dataset")
         subprocess.run([*argv, f"--input={source}/text"], check=True, **quiet)
-        assert len(everything(dataset.load_dataset("mine"))) == 30_000_000
+        assert len(everything(dataset.load_dataset("mine"))) == 16_000_000
     return f"{1 + len(codes)} stopped, none lost or half"
 
 

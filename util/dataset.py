@@ -4,7 +4,8 @@ Datasets on disk and tokenizers: written by data/*/prepare.py, read by train.py,
 A dataset is a folder, data/<name>/, of token ids and one description:
 
     train.bin, val.bin    little-endian token ids, no header; a split above SHARD_TOKENS is cut into
-                          train_0000.bin, train_0001.bin, ...
+                          train_0000.bin, train_0001.bin, ...; files that replace others have
+                          part of their hash in the name
     meta.json             {"name": "mine", "tokenizer": "char" | "byte" | "gpt2",
                            "vocab_size": 65, "dtype": "uint8" | "uint16" | "uint32",
                            "chars": "\\n !...",         char only: the characters in id order
