@@ -258,20 +258,19 @@ def mutant(r, tokens):
     return bytes(data[: r.randrange(len(data)) if r.random() < 0.03 else None])
 
 
-def fuzz_meta(seconds, seed):
-    """Mutated meta.json files until the time is up: each loads and then serves, or is refused in
+def fuzz_meta(files, seed):
+    """So many mutated meta.json files: each loads and then serves, or is refused in
     one plain line; nothing hangs or needs much memory."""
-    r, count, loaded, slowest = random.Random(seed), 0, 0, 0.0
+    r, loaded, slowest = random.Random(seed), 0, 0.0
     with roots() as (root, _):
         small_dataset(root / "byte")
         small_dataset(root / "char", tokenizer=dataset.CharTokenizer("".join(map(chr, range(300)))))
         token = r'"(?:[^"\\]|\\.)*"|[\d.]+|\w+|.'
         tokens = {f: re.findall(token, (f / "meta.json").read_text())
                   for f in (root / "byte", root / "char")}
-        stop = time.monotonic() + seconds
         tracemalloc.start()
-        while (began := time.monotonic()) < stop:
-            folder, count = r.choice([*tokens]), count + 1
+        for count in range(files):
+            folder, began = r.choice([*tokens]), time.monotonic()
             (folder / "meta.json").write_bytes(content := mutant(r, tokens[folder]))
             try:
                 data = dataset.load_dataset(folder)
@@ -288,18 +287,18 @@ def fuzz_meta(seconds, seed):
             slowest = max(slowest, time.monotonic() - began)
         peak = tracemalloc.get_traced_memory()[1] / 1e6
         tracemalloc.stop()
-    assert count > 50 * seconds and 0 < loaded < count / 2 and slowest < 1, (count, loaded, slowest)
-    return within(peak, 50, f"seed {seed}: {count} files, {loaded} load; peak MB")
+    assert files / 50 < loaded < files / 2 and slowest < 5, (loaded, slowest)
+    return within(peak, 50, f"seed {seed}: {files} files, {loaded} load; peak MB")
 
 
 def test_data_fuzz():
-    """Two seconds of mutated meta.json files, always the same ones."""
-    return fuzz_meta(2, 0)
+    """Mutated meta.json files, always the same ones."""
+    return fuzz_meta(500, 0)
 
 
 def faults_meta_json():
-    """A minute of mutated meta.json files, other ones each time."""
-    return fuzz_meta(60, random.SystemRandom().randrange(10**6))
+    """Many mutated meta.json files, other ones each time."""
+    return fuzz_meta(20_000, random.SystemRandom().randrange(10**6))
 
 
 def test_data_runs_no_foreign_code():
