@@ -169,7 +169,7 @@ def oracle_streams(q, k, v, S, causal, skip=0):
 def write_dataset(folder, text, chars="\nabcdef", val=0.25):
     """A prepared dataset of `text` in `folder`, by character."""
     tokenizer = CharTokenizer(chars)
-    with dataset.DatasetWriter(folder, tokenizer, source="a test", overwrite=True) as writer:
+    with dataset.DatasetWriter(folder, tokenizer, source="a test") as writer:
         cut = int(len(text) * (1 - val))
         for split, part in (("train", text[:cut]), ("val", text[cut:])):
             writer.add(split, np.asarray(tokenizer.encode(part)), len(part.encode()))

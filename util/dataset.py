@@ -4,18 +4,20 @@ Datasets on disk and tokenizers: written by data/*/prepare.py, read by train.py,
 A dataset is a folder, data/<name>/, of token ids and one description:
 
     train.bin, val.bin    little-endian token ids, no header; a split above SHARD_TOKENS is cut into
-                          train_0000.bin, train_0001.bin, ...
+                          train_0000.bin, train_0001.bin, ...; files that replace others have
+                          part of their hash in the name
     meta.json             {"name": "mine", "tokenizer": "char" | "byte" | "gpt2",
                            "vocab_size": 65, "dtype": "uint8" | "uint16" | "uint32",
                            "chars": "\\n !...",         char only: the characters in id order
                            "eot": 50256 or null,       the id that separates documents
                            "splits": {"train": {"tokens": n, "bytes": UTF-8 bytes of the text,
-                               "shards": [{"file": "train.bin", "tokens": n, "max_id": m,
+                               "shards": [{"file": "train.bin", "tokens": n,
                                            "sha256": "..."}]}, "val": {...}},
                            "source": "one line"}
 
-meta.json is written last, so a folder without it is not a dataset. A user's mistake raises
-DataError: one line that ends with the remedy. $CASCADE_DATA moves the data folder elsewhere.
+meta.json is written last, so a folder without it is not a dataset. It may come from a stranger:
+check_meta is the one door. A user's mistake raises DataError: one line that ends with the remedy.
+$CASCADE_DATA moves the data folder elsewhere.
 """
 import argparse
 import hashlib
@@ -23,6 +25,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,15 +40,25 @@ from urllib.request import urlopen
 
 import numpy as np
 
+from util.configurator import SettingsError
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARD_TOKENS = 100_000_000
+LARGEST_META = 16 << 20  # bytes; every character of Unicode and 10,000 shards fit
 EOT_TEXT = "<|endoftext|>"
+PLAIN_NAME = re.compile(r"\w[\w.-]{0,99}")  # of a dataset or a file: no separator, no `..`
+SHIPPED = ("shakespeare",)  # the text lies in the repository: needs neither network nor arguments
 # what `python data/<name>/prepare.py` leaves on disk, named when the data is missing
 SIZES = {"shakespeare": "5 MB", "shakespeare_char": "1 MB", "enwik8": "100 MB, downloads 36 MB",
          "fineweb_edu": "400 MB for 200M tokens"}
 
 
-class DataError(Exception):
+def plain(text):
+    """`text` as one line, without escape codes and other characters that harm a terminal."""
+    return "".join(c if c.isprintable() else " " for c in str(text))
+
+
+class DataError(SettingsError):
     """A user's mistake; str() is one line with the remedy, printed after `error: `."""
 
 
@@ -57,7 +70,8 @@ def data_root():
 def shown(path):
     """`path` as a message prints it: relative to the working directory where it lies below it."""
     relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
+    text = plain(path if relative.startswith("..") else relative)
+    return text if len(text) < 200 else f"...{text[-200:]}"
 
 
 # -- tokenizers ------------------------------------------------------------------------------------
@@ -68,12 +82,14 @@ class Tokenizer:
 
     @staticmethod
     def from_meta(meta):
-        """The tokenizer that a meta.json describes (as a dict)."""
+        """The tokenizer that a meta.json describes (as a dict). DataError if it describes none."""
+        try:
+            check_vocabulary(meta)
+        except ValueError as e:
+            raise DataError(f"the vocabulary is damaged ({e}): prepare the data again") from e
         if meta["tokenizer"] == "char":
             return CharTokenizer(meta["chars"])
         kinds = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer}
-        if meta["tokenizer"] not in kinds:
-            raise DataError(f"unknown tokenizer {meta['tokenizer']!r}: use char, byte or gpt2")
         return kinds[meta["tokenizer"]](eot=meta.get("eot") is not None)
 
     def meta(self):
@@ -142,11 +158,9 @@ class ByteTokenizer(Tokenizer):
 
 
 class GPT2Tokenizer(Tokenizer):
-    """GPT-2's byte-pair encoding, by tiktoken.
-
-    Its two files are looked up in $TIKTOKEN_CACHE_DIR, else where install_bpe put them, in
-    .tiktoken/ of the data folder, else tiktoken downloads them. DataError when none of it works.
-    """
+    """GPT-2's byte-pair encoding, by tiktoken. Its two files are looked up in $TIKTOKEN_CACHE_DIR,
+    else where install_bpe put them, in .tiktoken/ of the data folder, else tiktoken downloads them.
+    DataError when none of it works."""
     kind, vocab_size = "gpt2", 50257
     # name, name in tiktoken's cache, sha256; tiktoken demands the same
     files = (
@@ -154,25 +168,28 @@ class GPT2Tokenizer(Tokenizer):
          "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
         ("encoder.json", "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
          "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"))
-    remedy = "give --bpe_dir=FOLDER with vocab.bpe and encoder.json to data/text/prepare.py"
 
     def __init__(self, eot=True, special=False):
         """special: encode the text <|endoftext|> as the end-of-text token."""
-        import tiktoken
+        try:
+            import tiktoken
+        except ImportError as e:
+            raise DataError("GPT-2's tokens need the package tiktoken: pip install tiktoken") from e
         if (installed := data_root() / ".tiktoken").exists():
             os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(installed))
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as e:  # requests' errors are OSErrors
             raise DataError("GPT-2's vocabulary is not on this machine and could not be downloaded "
-                            f"({type(e).__name__}): {self.remedy}") from e
+                            f"({type(e).__name__}): give --bpe_dir=FOLDER with vocab.bpe and "
+                            "encoder.json to data/text/prepare.py") from e
         self.eot, self.special = self.bpe.eot_token if eot else None, special
 
     @classmethod
     def install_bpe(cls, folder):
         """Copy vocab.bpe and encoder.json of `folder` into the cache, hashes checked."""
         cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or data_root() / ".tiktoken")
-        contents = {key: verified(read(Path(folder) / name, name), sha256, f"GPT-2's {name}")
+        contents = {key: verified(obtain(Path(folder, name), None, name), sha256, f"GPT-2's {name}")
                     for name, key, sha256 in cls.files}
         cache.mkdir(parents=True, exist_ok=True)
         for key, content in contents.items():
@@ -188,23 +205,68 @@ class GPT2Tokenizer(Tokenizer):
 
 # -- reading ---------------------------------------------------------------------------------------
 
-def load_dataset(name, seq_len=1):
-    """
-    Open a prepared dataset: `name` of data/<name>/, or the path of such a folder.
+def field(record, key, kind, low=0, high=0):
+    """record[key], if it is of this type and, a number, in low..high; else ValueError."""
+    value = record.get(key) if isinstance(record, dict) else None
+    if type(value) is not kind or (kind is int and not low <= value <= high):
+        raise ValueError(f"{key} is no {kind.__name__}" + f" from {low} to {high}" * (kind is int))
+    return value
 
-    Checked: meta.json; each shard's presence and length; its largest id against the vocabulary, in
-    the whole file up to 64 Mi tokens per split and in evenly spread windows of 1 Mi tokens (64 in
-    all, the first and last of each shard among them) beyond that; at least `seq_len` tokens in each
-    split. Hashes are not recomputed. Raises DataError.
-    """
-    is_path = os.sep in str(name) or (os.altsep or os.sep) in str(name)
-    return Dataset(Path(name) if is_path else data_root() / name, seq_len)
+
+def check_vocabulary(meta):
+    """ValueError unless `meta` describes a tokenizer as Tokenizer.meta() does."""
+    kind = field(meta, "tokenizer", str)
+    chars = field(meta, "chars", str) if kind == "char" else ""
+    chars.encode()  # half a character raises UnicodeEncodeError, a ValueError
+    size = {"char": len(chars), "byte": ByteTokenizer.vocab_size,
+            "gpt2": GPT2Tokenizer.vocab_size}.get(kind)
+    if size is None or len(set(chars)) < len(chars):
+        raise ValueError("tokenizer is not byte, gpt2, or char with distinct chars")
+    field(meta, "vocab_size", int, size or 1, size)
+    if meta.get("eot") is not None:
+        field(meta, "eot", int, size - 1, size - 1)
+
+
+def check_meta(meta):
+    """ValueError unless `meta` has the fields, types and ranges that DatasetWriter writes."""
+    check_vocabulary(meta)
+    names = [field(meta, "name", str)]
+    if field(meta, "dtype", str) != smallest_dtype(meta["vocab_size"]).name:
+        raise ValueError(f"dtype is not {smallest_dtype(meta['vocab_size']).name}")
+    splits = field(meta, "splits", dict)
+    field(splits, "train", dict), field(splits, "val", dict)
+    for split, info in splits.items():
+        shards = field(info, "shards", list)
+        tokens = sum(field(shard, "tokens", int, 1, 1 << 48) for shard in shards)
+        names += [split, *(field(shard, "file", str) for shard in shards)]
+        if not all(len(field(shard, "sha256", str)) == 64 for shard in shards):
+            raise ValueError("a sha256 has not 64 digits")
+        field(info, "tokens", int, tokens or 1, tokens)
+        field(info, "bytes", int, 1, 128 * tokens)  # no token of GPT-2 is longer
+    if not all(map(PLAIN_NAME.fullmatch, names)):
+        raise ValueError("a name or file has other characters than letters, digits and . - _")
+
+
+def identity(meta):
+    """What data a meta.json describes: {split: sha256 of its shards' hashes, ..., "vocabulary":
+    sha256}. Equal identities are the same tokens in the same shards, whatever their folder. Raises
+    ValueError when meta describes none: a checkpoint's may be anything."""
+    check_meta(meta)
+    found = {name: [s["sha256"] for s in info["shards"]] for name, info in meta["splits"].items()}
+    found["vocabulary"] = [meta.get(key) for key in ("tokenizer", "vocab_size", "eot", "chars")]
+    return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest()
+            for name, value in found.items()}
+
+
+def holds_data(folder):
+    """Whether `folder` holds a dataset, or parts of one."""
+    return os.path.isdir(folder) and any((*folder.glob("*.bin"), *folder.glob("meta.json")))
 
 
 def prepare_command(folder):
     """The command that makes the dataset in `folder`, with its size on disk where known."""
-    name = folder.name
-    again = " --overwrite" if any(folder.glob("*.bin")) else ""
+    name = folder.name if PLAIN_NAME.fullmatch(folder.name) else "NAME"
+    again = " --overwrite" if holds_data(folder) else ""
     if name not in SIZES:
         return f"python data/text/prepare.py --input=FILE --name={name}{again}"
     # the other three have one content only, and replace what is there unasked
@@ -212,28 +274,22 @@ def prepare_command(folder):
     return f"python data/{name}/prepare.py{again} ({SIZES[name]})"
 
 
-def ships_with_repository(name):
-    """Whether data/<name>/prepare.py needs neither network nor arguments: its raw text is there."""
-    return any((REPOSITORY / "data" / str(name)).glob("*.txt.xz"))
-
-
 def load_or_prepare(name, seq_len, processes):
-    """load_dataset, for all processes; prepared here and now when its text ships with the code."""
-    if not (data_root() / name / "meta.json").exists() and ships_with_repository(name):
+    """load_dataset, for all processes; what ships with the repository is prepared here and now. No
+    other prepare.py is ever run: a stranger's folder may hold one."""
+    if name in SHIPPED and not (data_root() / name / "meta.json").exists():
         if processes.main:
             script = REPOSITORY / "data" / name / "prepare.py"
             print(f"data/{name} is not prepared yet: running {script.name}", flush=True)
             if subprocess.run([sys.executable, str(script)], check=False).returncode:
-                raise DataError(f"{script} failed: see its message above")
+                raise DataError(f"{shown(script)} failed: see its message above")
     processes.wait()  # every process comes by here, whatever it found on disk
     return load_dataset(name, seq_len)
 
 
 class Prefetch:
-    """`prefetch(step)` is make(step), made by a thread while the step before was computing.
-
-    `waited` counts the seconds that the training loop had to wait for data.
-    """
+    """`prefetch(step)` is make(step), made by a thread while the step before was computing;
+    `waited` counts the seconds that the training loop had to wait for data."""
 
     def __init__(self, make):
         self.make, self.pool, self.waited = make, ThreadPoolExecutor(1), 0.0
@@ -248,37 +304,32 @@ class Prefetch:
 
 
 class Dataset:
-    """A prepared dataset: .name, .meta (dict), .vocab_size, .tokenizer, .split("train" | "val")."""
+    """
+    A prepared dataset: .name, .meta (dict), .vocab_size, .tokenizer, .split("train" | "val").
 
-    def __init__(self, folder, seq_len=1):
-        self.folder = Path(folder)
-        path = self.folder / "meta.json"
-        if not path.exists():
-            raise DataError(f"no dataset at {shown(self.folder)}: run "
-                            f"{prepare_command(self.folder)}")
+    `name` is that of data/<name>/, or the path of such a folder. Checked are the whole of
+    meta.json, each shard's length, every id (at 12 GB a second from memory) and that each split
+    has `seq_len` tokens; hashes are not recomputed. Raises DataError.
+    """
+
+    def __init__(self, name, seq_len=1):
+        self.folder = data_root() / name if PLAIN_NAME.fullmatch(str(name)) else Path(name)
+        remedy = f"run {prepare_command(self.folder)}"
+        if not os.path.isfile(self.folder / "meta.json"):
+            raise DataError(f"no dataset at {shown(self.folder)}: {remedy}")
         try:
-            self.meta = json.loads(path.read_text(encoding="utf-8"))
-            self.name, self.vocab_size = self.meta["name"], self.meta["vocab_size"]
-            self._check_vocabulary()
+            with open(self.folder / "meta.json", "rb") as f:
+                self.meta = json.loads(f.read(LARGEST_META))
+            check_meta(self.meta)
             self.splits = {name: Split(self.folder, info, self.meta)
                            for name, info in self.meta["splits"].items()}
-        except (OSError, KeyError, TypeError, AttributeError, ValueError) as e:
-            raise DataError(f"{shown(path)} is damaged ({type(e).__name__}: {e}): run "
-                            f"{prepare_command(self.folder)}") from e
+        except (OSError, ValueError, RecursionError) as e:
+            raise DataError(f"{shown(self.folder)} is damaged ({str(e)[:200]}): {remedy}") from e
+        self.name, self.vocab_size = self.meta["name"], self.meta["vocab_size"]
         for name, split in self.splits.items():
             if len(split) < seq_len:
                 raise DataError(f"{name} of {shown(self.folder)} has {len(split)} tokens, fewer "
                                 f"than a sequence of {seq_len}: lower --seq_len, or give more text")
-
-    def _check_vocabulary(self):
-        kind, chars = self.meta["tokenizer"], self.meta.get("chars", "")
-        size = {"char": len(set(chars)), "byte": ByteTokenizer.vocab_size,
-                "gpt2": GPT2Tokenizer.vocab_size}[kind]
-        if size != self.vocab_size:
-            raise ValueError(f"vocab_size {self.vocab_size}, but tokenizer {kind} has {size}")
-        dtypes = ("uint8", "uint16", "uint32")
-        if dtypes.index(self.meta["dtype"]) < dtypes.index(smallest_dtype(size).name):
-            raise ValueError(f"{self.meta['dtype']} cannot hold a vocabulary of {size}")
 
     @cached_property
     def tokenizer(self):
@@ -292,30 +343,27 @@ class Dataset:
         return self.splits[name]
 
 
+load_dataset = Dataset
+
+
 class Split:
     """The tokens of one split, memory-mapped. len() is in tokens."""
 
     def __init__(self, folder, info, meta):
         self.tokens, self.bytes = info["tokens"], info["bytes"]
-        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-        self.shards = [self._open(folder / s["file"], s["tokens"], dtype) for s in info["shards"]]
+        self.shards, dtype = [], np.dtype(meta["dtype"]).newbyteorder("<")
+        for shard in info["shards"]:
+            name, size = shard["file"], shard["tokens"] * dtype.itemsize
+            path = folder / name
+            if path.is_symlink() or not path.is_file():
+                raise ValueError(f"{name} is missing, or no file")
+            if path.stat().st_size != size:
+                raise ValueError(f"{name} has {path.stat().st_size} bytes, not {size}")
+            self.shards.append(np.memmap(path, dtype, mode="r"))
+            if (top := int(self.shards[-1].max())) >= meta["vocab_size"]:
+                raise ValueError(f"{name} holds id {top}, the vocabulary {meta['vocab_size']}")
         # shard s holds the tokens offsets[s] .. offsets[s + 1] - 1
         self.offsets = np.cumsum([0] + [len(shard) for shard in self.shards])
-        if not self.tokens or self.offsets[-1] != self.tokens:
-            raise ValueError(f"{self.tokens} tokens, but {self.offsets[-1]} in the shards")
-        for shard, s in zip(self.shards, info["shards"], strict=True):
-            top = max(s["max_id"], sampled_max(shard, max(2, 64 // len(self.shards))))
-            if top >= meta["vocab_size"]:
-                raise DataError(f"{shown(folder / s['file'])} holds id {top}, the vocabulary "
-                                f"{meta['vocab_size']}: run {prepare_command(folder)}")
-
-    @staticmethod
-    def _open(path, tokens, dtype):
-        want, have = tokens * dtype.itemsize, path.stat().st_size if path.exists() else None
-        if have is None or have != want or have == 0:
-            state = "is missing" if have is None else f"has {have} bytes, not {want}"
-            raise DataError(f"{shown(path)} {state}: run {prepare_command(path.parent)}")
-        return np.memmap(path, dtype, mode="r")
 
     def __len__(self):
         return self.tokens
@@ -326,11 +374,8 @@ class Split:
         return self.bytes / self.tokens
 
     def window(self, starts, length):
-        """
-        The windows [start, start + length) as int64 (B, length), across shard borders.
-
-        starts: int64 (B,). Raises IndexError when a window leaves the split.
-        """
+        """The windows [start, start + length) as int64 (B, length), across shard borders. starts:
+        int64 (B,). Raises IndexError when a window leaves the split."""
         starts = np.asarray(starts, np.int64)
         if len(starts) and (starts.min() < 0 or starts.max() + length > self.tokens):
             raise IndexError(f"a window of {length} tokens leaves the split of {self.tokens}")
@@ -346,14 +391,6 @@ class Split:
         return out
 
 
-def sampled_max(ids, windows, size=1 << 20):
-    """Largest of `ids`: of all where they fit `windows` windows of `size`, else of spread ones."""
-    starts = range(0, len(ids), size)
-    if len(starts) > windows:
-        starts = np.linspace(0, len(ids) - size, windows).astype(int)
-    return max(int(ids[s:s + size].max()) for s in starts)
-
-
 def smallest_dtype(vocab_size):
     """The smallest of uint8, uint16, uint32 that holds the ids 0..vocab_size-1."""
     return np.min_scalar_type(max(vocab_size - 1, 0))
@@ -364,29 +401,26 @@ def smallest_dtype(vocab_size):
 def write_atomically(path, content):
     """Write bytes so that `path` is either absent, old, or complete, whenever the power fails."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "xb") as f:  # x: never through a link that lay there
         f.write(content)
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
 
 
-def read(path, what):
-    """The bytes of the file `path`; `what` names it in the error."""
+def obtain(path, url, what, instead="--input=FILE"):
+    """The bytes of the file `path`, or those behind `url` where it is None; `what` names them in
+    the error, `instead` the way without a network."""
     try:
-        return Path(path).read_bytes()
-    except OSError as e:
-        raise DataError(f"cannot read {shown(path)} ({e.strerror}): give the path of {what}") from e
-
-
-def download(url, what, instead="--input=FILE"):
-    """The bytes behind `url`; `what` names them in the error, `instead` the way without network."""
-    try:
+        if path is not None:
+            return Path(path).read_bytes()
         with urlopen(url, timeout=30) as answer:
             return answer.read()
     except (OSError, HTTPException) as e:
-        raise DataError(f"cannot download {what} ({e}): fetch {url} elsewhere and give "
-                        f"{instead}") from e
+        if path is None:
+            raise DataError(f"cannot download {what} ({e}): fetch {url} and give {instead}") from e
+        raise DataError(f"cannot read {shown(path)} ({e.strerror}): give {what}") from e
 
 
 def verified(content, sha256, what):
@@ -399,30 +433,8 @@ def verified(content, sha256, what):
 
 def refuse_existing(folder, overwrite):
     """DataError if `folder` holds data that is not to be replaced."""
-    if not overwrite and any((*folder.glob("*.bin"), *folder.glob("meta.json"))):
+    if not overwrite and holds_data(folder):
         raise DataError(f"{shown(folder)} holds a dataset already: give --overwrite to replace it")
-
-
-class ShardWriter:
-    """One growing file of token ids, with its count, largest id and hash."""
-
-    def __init__(self, path):
-        self.path, self.file = path, open(path, "wb")  # noqa: SIM115 - closed by close()
-        self.sha256, self.tokens, self.max_id = hashlib.sha256(), 0, 0
-
-    def write(self, ids):
-        data = memoryview(np.ascontiguousarray(ids)).cast("B")
-        self.file.write(data)
-        self.sha256.update(data)
-        self.tokens += len(ids)
-        self.max_id = max(self.max_id, int(ids.max()))
-
-    def close(self):
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return {"file": self.path.name, "tokens": self.tokens, "max_id": self.max_id,
-                "sha256": self.sha256.hexdigest()}
 
 
 class DatasetWriter:
@@ -433,17 +445,16 @@ class DatasetWriter:
             writer.add("train", ids, n_bytes)      # in order, any number of times, per split
             writer.finish()
 
-    A shard is closed by the piece that fills it to `shard_tokens`. An existing dataset is refused
-    unless `overwrite`, and then stays as it is until finish().
+    A shard is closed by the piece that fills it to `shard_tokens`. A dataset that is there stays
+    as it is until finish() replaces it.
     """
 
-    def __init__(self, folder, tokenizer, source, *, overwrite=False, shard_tokens=SHARD_TOKENS):
+    def __init__(self, folder, tokenizer, source, shard_tokens=SHARD_TOKENS):
         self.folder, self.tokenizer = Path(folder), tokenizer
         self.shard_tokens, self.dtype = shard_tokens, smallest_dtype(tokenizer.vocab_size)
         self.head = {"name": self.folder.name, **tokenizer.meta(), "dtype": self.dtype.name}
-        self.tail = {"source": source}
+        self.tail = {"source": plain(source)}
         self.splits, self.open = {}, {}
-        refuse_existing(self.folder, overwrite)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.folder))
 
@@ -457,40 +468,58 @@ class DatasetWriter:
         if ids.min() < 0 or ids.max() >= self.tokenizer.vocab_size:
             raise ValueError(f"an id outside the vocabulary of {self.tokenizer.vocab_size}")
         if split not in self.open:
-            name = f"{split}_{len(info['shards']):04d}.bin"
-            self.open[split] = ShardWriter(self.temporary / name)
-        self.open[split].write(ids.astype(self.dtype.newbyteorder("<"), copy=False))
-        if self.open[split].tokens >= self.shard_tokens:
-            info["shards"].append(self.open.pop(split).close())
+            info["shards"].append({"file": f"{split}_{len(info['shards']):04d}.bin", "tokens": 0})
+            path = self.temporary / info["shards"][-1]["file"]
+            self.open[split] = open(path, "wb"), hashlib.sha256()  # noqa: SIM115 - by _close()
+        file, sha256 = self.open[split]
+        data = memoryview(np.ascontiguousarray(ids, self.dtype.newbyteorder("<"))).cast("B")
+        file.write(data)
+        sha256.update(data)
+        info["shards"][-1]["tokens"] += len(ids)
+        if info["shards"][-1]["tokens"] >= self.shard_tokens:
+            self._close(split)
+
+    def _close(self, split):
+        """Bring the open shard of a split to the disk."""
+        file, sha256 = self.open.pop(split)
+        with file:
+            file.flush()
+            os.fsync(file.fileno())
+        self.splits[split]["shards"][-1]["sha256"] = sha256.hexdigest()
 
     def finish(self):
-        """Move the files to their place, meta.json last; returns the meta as a dict."""
+        """Move the files to their place; returns the meta as a dict. No new shard takes the name of
+        an old one, and meta.json turns from the old to the new in one step: broken off at any
+        moment, the folder holds one of the two datasets, whole."""
         for split in ("train", "val"):
-            if not self.splits.get(split, {}).get("tokens"):
+            if not self.splits.get(split, {}).get("bytes"):
                 raise DataError(f"the text leaves nothing for {split}: give more text")
-        for split in list(self.open):
-            self.splits[split]["shards"].append(self.open.pop(split).close())
-        (self.folder / "meta.json").unlink(missing_ok=True)
-        for old in self.folder.glob("*.bin"):
-            if re.fullmatch(r"(train|val|test)(_\d+)?\.bin", old.name):
-                old.unlink()
+        used = set()
         for split, info in self.splits.items():
+            if split in self.open:
+                self._close(split)
             for shard in info["shards"]:
-                written = self.temporary / shard["file"]
-                if len(info["shards"]) == 1:
-                    shard["file"] = f"{split}.bin"
-                os.replace(written, self.folder / shard["file"])
+                name = shard["file"] if len(info["shards"]) > 1 else f"{split}.bin"
+                if os.path.lexists(self.folder / name):
+                    name = f"{name.removesuffix('.bin')}-{shard['sha256'][:16]}.bin"
+                os.replace(self.temporary / shard["file"], self.folder / name)
+                shard["file"] = name
+                used.add(name)
         meta = self.head | {"splits": self.splits} | self.tail
+        check_meta(meta)
         text = json.dumps(meta, indent=1, ensure_ascii=False) + "\n"
         write_atomically(self.folder / "meta.json", text.encode())
+        for old in self.folder.glob("*.bin"):
+            if old.name not in used and re.match("(train|val|test)[_.-]", old.name):
+                old.unlink()
         return meta
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        for shard in self.open.values():
-            shard.file.close()
+        for file, _ in self.open.values():
+            file.close()
         shutil.rmtree(self.temporary, ignore_errors=True)
         with suppress(OSError):  # not empty
             self.folder.rmdir()
@@ -500,7 +529,7 @@ def write_char_dataset(folder, text, source, val=0.1):
     """Write `text` by characters, the last `val` of them for validation; replaces what is there."""
     tokenizer = CharTokenizer("".join(sorted(set(text))))
     cut = int((1 - val) * len(text))
-    with DatasetWriter(folder, tokenizer, source, overwrite=True) as writer:
+    with DatasetWriter(folder, tokenizer, source) as writer:
         for split, part in (("train", text[:cut]), ("val", text[cut:])):
             writer.add(split, tokenizer.encode_array(part), len(part.encode()))
         return writer.finish()
@@ -516,18 +545,22 @@ class Arguments(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message):
-        sys.exit(f"error: {message} (--help lists the options)")
+        raise DataError(f"{message} (--help lists the options)")
 
 
 def run(main):
-    """Call a script's main(); a user's mistake ends it in one line and exit code 1."""
+    """Call a script's main(). A user's mistake ends it in one line and exit code 2, a signal in
+    its own exit code; either way no half-written files stay."""
     clear = "\r\033[K" if sys.stderr.isatty() else ""  # the progress line
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         main()
     except (DataError, OSError) as e:  # OSError: disk full, no permission
-        sys.exit(f"{clear}error: {e}")
+        print(f"{clear}error: {plain(e)}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(f"{clear}stopped: no dataset was changed")
+        print(f"{clear}stopped: an earlier dataset is still whole", file=sys.stderr)
+        sys.exit(130)
 
 
 def report(folder, meta):
@@ -538,12 +571,8 @@ def report(folder, meta):
 
 
 def parallel_map(function, items):
-    """
-    Like map, in order, with a thread per core; `items` may be endless, few are held at a time.
-
-    Threads suffice: tiktoken, numpy and hashlib release the interpreter lock, and no text has to be
-    copied to another process.
-    """
+    """Like map, in order, with a thread per core (tiktoken, numpy and hashlib release the
+    interpreter lock); `items` may be endless, few are held at a time."""
     workers = os.cpu_count() or 1
     with ThreadPoolExecutor(workers) as pool:
         pending = deque()

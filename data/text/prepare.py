@@ -11,7 +11,6 @@ it, on all cores and in constant memory. Nothing exists until the whole is writt
 """
 import gzip
 import lzma
-import re
 import sys
 import zlib
 from pathlib import Path
@@ -57,13 +56,20 @@ def safe_cut(data):
 
     Before a whitespace that follows something else: no piece of GPT-2's pattern reaches across, and
     none looks back. "Something else" is printable ASCII or a byte from 0xB0, in which no whitespace
-    of Unicode ends. Where there is no such place, before the last character.
+    of Unicode ends. Where there is no such place, before the last character or end-of-text marker.
     """
     for i in range(len(data) - 1, 0, -1):
         if data[i] in b" \n\t\r" and (0x20 < data[i - 1] < 0x7F or data[i - 1] >= 0xB0):
             return i
-    return next((i for i in range(len(data) - 1, max(len(data) - 5, 0), -1)
+    last = next((i for i in range(len(data) - 1, max(len(data) - 5, 0), -1)
                  if data[i] & 0xC0 != 0x80), len(data))
+    return last - marker_begun(data[:last])
+
+
+def marker_begun(data):
+    """How many bytes at the end of `data` may be the beginning of an end-of-text marker."""
+    marker = EOT_TEXT.encode()
+    return next((n for n in range(len(marker) - 1, 0, -1) if data.endswith(marker[:n])), 0)
 
 
 def read_pieces(path, document, start, end, progress):
@@ -150,7 +156,7 @@ class Corpus:
         if not documents:
             raise DataError("the input is empty: give a file with text")
         if len(documents) == 1:
-            cut = self._character_start(documents[0], int((1 - val) * sum(self.sizes)))
+            cut = self._cut(documents[0], int((1 - val) * sum(self.sizes)))
             return {"train": [(documents[0], 0, cut)], "val": [(documents[0], cut, None)]}
         room, chosen = val * sum(self.sizes), set()
         for d in Random(0).sample(documents, len(documents)):
@@ -161,11 +167,14 @@ class Corpus:
         return {"train": [(d, 0, None) for d in documents if d not in chosen],
                 "val": [(d, 0, None) for d in documents if d in chosen]}
 
-    def _character_start(self, document, at):
-        """The first byte from `at` that starts a character."""
-        pieces = read_pieces(self.files[document], document, at, at + 4, lambda _: None)
+    def _cut(self, document, at):
+        """The first byte from `at` that starts a character, or the start of a marker around it."""
+        before = min(at, len(EOT_TEXT))
+        pieces = read_pieces(self.files[document], document, at - before, at + 4, lambda _: None)
         data = b"".join(piece.data for piece in pieces)
-        return at + next((i for i, byte in enumerate(data) if byte & 0xC0 != 0x80), len(data))
+        starts = (i for i in range(before, len(data)) if data[i] & 0xC0 != 0x80)
+        cut = next(starts, len(data))
+        return at - before + cut - marker_begun(data[:cut])
 
     def encode(self, tokenizer, parts, label):
         """Second pass: yield (ids, bytes of text), documents separated by the end-of-text token."""
@@ -217,7 +226,7 @@ def parse_arguments():
 def check_arguments(args):
     if not args.input or not args.name:
         raise DataError("give --input=PATH, text files or folders, and --name=NAME")
-    if not re.fullmatch(r"\w[\w.-]*", args.name):
+    if not dataset.PLAIN_NAME.fullmatch(args.name):
         raise DataError(f"--name={args.name} does not name a folder: use letters, digits and . - _")
     if (dataset.REPOSITORY / "data" / args.name / "prepare.py").exists():
         raise DataError(f"data/{args.name} has a prepare.py of its own: choose another --name")
@@ -243,7 +252,7 @@ def main():
     chars = corpus.check(want_chars=not tokenizer)
     tokenizer = tokenizer or dataset.CharTokenizer(chars)
     source = " ".join(args.input)
-    with dataset.DatasetWriter(folder, tokenizer, source, overwrite=True) as writer:
+    with dataset.DatasetWriter(folder, tokenizer, source) as writer:
         for split, parts in corpus.split(args.val).items():
             for ids, n_bytes in corpus.encode(tokenizer, parts, f"encode {split}"):
                 writer.add(split, ids, n_bytes)
