@@ -27,8 +27,7 @@ out_dir = "assets"
 DEFAULTS = public(dict(globals()))
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "osD^vP"
+COLORS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "osD^vP"
 DASHES = {"bound": (":", "bound (\u2264)"), "gpt": ("-", "GPT level"),
           "joint": ("--", "one pass a block")}
 
