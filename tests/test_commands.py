@@ -140,22 +140,16 @@ def test_sample_command():
 def test_draws_are_float64():
     """Every random number that a token is drawn or a draft accepted with, in all modes: in float32
     it would act as a lower temperature."""
-    seen, net = set(), tiny_model()
-    exponential, rand = torch.Tensor.exponential_, torch.rand
-
-    def spy(self, *args, **how):
-        seen.add(("exponential", self.dtype))
-        return exponential(self, *args, **how)
-
-    def spy_rand(*args, **how):
-        seen.add(("rand", how.get("dtype", torch.float32)))
-        return rand(*args, **how)
-
-    with mock.patch.object(torch.Tensor, "exponential_", spy), mock.patch("torch.rand", spy_rand):
+    seen, exponential, rand = [], torch.Tensor.exponential_, torch.rand
+    with (
+        mock.patch.object(torch.Tensor, "exponential_",
+                          lambda x, **how: seen.append(x.dtype) or exponential(x, **how)),
+        mock.patch("torch.rand", lambda *n, **how: seen.append(how["dtype"]) or rand(*n, **how))
+    ):
         for mode in ("gpt", "block", "verify"):
-            sample.generate(net, [[1], []], 9, mode=mode)
-    assert seen == {("exponential", torch.float64), ("rand", torch.float64)}, seen
-    return "two kinds of draws, both in float64"
+            sample.generate(tiny_model(), [[1], []], 9, mode=mode)
+    assert len(seen) > 20 and set(seen) == {torch.float64}, set(seen)
+    return f"{len(seen)} draws, all in float64"
 
 
 def windows_of(folder, W, length=16):
@@ -217,7 +211,12 @@ def test_eval_jobs():
 
     block, control = run_json(evaluation, S4, "--drafts=true", "--num_samples=2")["rows"]
     assert (block["drafter"], control["drafter"]) == ("block level", "5-gram")
-    assert 1 <= block["tokens_per_pass"] <= 4 and len(block["accepted"]) == 3, block
+    steps = [step for step in sample.generate_stream(net, [[], []], 16, mode="verify", seed=0)
+             if step.drafts is not None and not step.done.any()]
+    wanted = (int(steps[-1].settled.sum()) - 2) / 2 / len(steps)  # the first two are not verified
+    off = max(off, abs(block["tokens_per_pass"] - wanted))
+    first = torch.cat([step.accepted for step in steps if step.block.shape[1] > 1]) > 0
+    off = max(off, abs(block["accepted"][0] - first.double().mean().item()))
 
     argv = [S4, "--samples=true", f"--judge={folder}/judge", "--num_samples=3", "--temperature=0",
             "--sample_tokens=30", "--rows=left_to_right:4,confidence:1,threshold:0.3,entropy:1"]
@@ -238,7 +237,7 @@ def test_eval_jobs():
     size = len(CharTokenizer(LETTERS).decode(text.flatten().tolist()).encode())
     off = max(off, abs(rows[0]["judge_nll"] - nll / 90),
               abs(rows[0]["judge_bits_per_byte"] - nll / math.log(2) / size))
-    return within(off, 1e-9, "exact and judged figures, max|diff|")
+    return within(off, 1e-6, "exact, accepted and judged figures, max|diff|")
 
 
 def test_eval_hugging_face_judge():
@@ -248,8 +247,7 @@ def test_eval_hugging_face_judge():
         from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
     except ImportError as e:
         raise Skip(f"needs transformers ({e}): pip install transformers") from None
-    text = 1 + torch.randint(3, (2, 12), generator=generator(1))
-    mine, worst = CharTokenizer("\nabc"), 0.0
+    text, mine, worst = 1 + torch.randint(3, (2, 12), generator=generator(1)), "\nabc", 0.0
     # its progress bars on stderr are not this test's
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         words = Tokenizer(models.WordLevel({"<s>": 0, "c": 1, "a": 2, "b": 3}, unk_token="<s>"))
@@ -262,19 +260,18 @@ def test_eval_hugging_face_judge():
         net.save_pretrained(folder)
         for begin in ("<s>", None):
             PreTrainedTokenizerFast(tokenizer_object=words, bos_token=begin).save_pretrained(folder)
-            nll, tokens = judge.hugging_face_judge(folder, mine, "cpu")(text)
-            to = {1: 2, 2: 3, 3: 1}  # ids of a, b, c there
-            for row, said, count in zip(text.tolist(), nll.tolist(), tokens.tolist(), strict=True):
-                ids, total = [0] * (begin is not None) + [to[i] for i in row], 0.0
+            nll, tokens = judge.hugging_face_judge(folder, CharTokenizer(mine), "cpu")(text)
+            for row, said, count in zip(text.tolist(), nll, tokens, strict=True):
+                ids = [0] * (begin is not None) + [".cab".index(mine[i]) for i in row]
                 for i in range(1, len(ids)):  # windows of 8, each later one 4 on
                     first = 0 if i < 8 else (i - 8) // 4 * 4 + 4
                     with torch.no_grad():
                         logits = net(torch.tensor([ids[first:i]])).logits[0, -1]
-                    total -= logits.double().log_softmax(-1)[ids[i]].item()
+                    said = said + logits.double().log_softmax(-1)[ids[i]]
                 assert count == len(ids) - 1
-                worst = max(worst, abs(said - total))
+                worst = max(worst, abs(said.item()))
         Path(folder, "config.json").write_text("{}")
-        refuses(lambda: judge.hugging_face_judge(folder, mine, "cpu"), "no causal language model")
+        refuses(lambda: judge.hugging_face_judge(folder, CharTokenizer(mine), "cpu"), "no causal")
     return within(worst, 1e-5)
 
 
@@ -285,7 +282,9 @@ def test_bench_commands():
     ours, ar, product = run_json(bench, "train", *tiny)["rows"]
     assert (ours["step"], ar["step"], product["step"]) == ("ours", "ar", "product")
     for r in (ours, ar):
-        assert abs(r["tokens_per_s"] * r["ms"] / 1e3 - 8 * 16) < 1e-6 and r["mfu"] > 0, r
+        assert abs(r["tokens_per_s"] * r["ms"] / 1e3 - 8 * 16) < 1e-6, r
+        rate = r["gflop"] / r["ms"] * 1e3  # medians of a few rounds: not to the digit
+        assert 0.2 < rate / product["gflop_per_s"] / r["mfu"] < 5, r
         assert 0 < r["of_ar"][1] <= r["of_ar"][0] <= r["of_ar"][2], r
     assert ar["of_ar"] == [1, 1, 1] and ours["gflop"] > ar["gflop"], (ours, ar)
     said = run(bench, "train", *tiny)
@@ -328,11 +327,10 @@ def test_bench_gpu_list():
         with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
             raise AssertionError(f"a failed part leaves with exit code 0: {bench.bench_gpu(s)}")
     said = out.getvalue()
-    assert "FAIL: out of memory; lower --batch_size=8" in said and "nan" not in said, said
-    assert [f" in {d}, from the oracle" in line.replace("|", "") and v in line for line, d, v in
-            zip(said.splitlines(), ("float32", "bfloat16", "float16"), ("FAIL", "PASS", "PASS"),
-                strict=False)] == [True] * 3, said
-    assert "step of ours" in said and "30 steps at this pace" in said, said
+    verdicts = re.findall(r"in (\w+), from the oracle +\| (PASS|FAIL)", said)
+    assert verdicts == [("float32", "FAIL"), ("bfloat16", "PASS"), ("float16", "PASS")], said
+    for part in ("FAIL: out of memory; lower --batch_size=8", "step of ours", "30 steps at this"):
+        assert part in said and "nan" not in said, (part, said)
     s.minutes, s.device = 0.0, "cuda"
     with mock.patch.object(bench, "peak_of_step", lambda s, N: 2**20 * N):
         *_, last = bench.gpu_memory(s)
@@ -405,10 +403,8 @@ def mistakes():
     table = (
         (sample, "--out_dir=S4", (
             ("--steps=5", "steps", "1..4"), ("--steps=-1", "1..4"), ("--drafts=4", "1..3"),
-            ("--drafts=-1", "1..3"), ("--branches=5", "1..4"), ("--mode=fast", "verify"),
-            ("--rule=best", "best", "left_to_right"), ("--tau=0", "tau"), ("--tau=1.5", "tau"),
-            ("--gamma=-1", "gamma"), ("--gamma=nan", "gamma"), ("--top_p=0", "top_p"),
-            ("--top_k=-2", "top_k"), ("--temperature=-1", "temperature"),
+            ("--branches=5", "1..4"), ("--mode=fast", "verify"), ("--rule=best", "left_to_right"),
+            ("--tau=1.5", "tau"), ("--temperature=nan", "temperature"), ("--top_k=-2", "top_k"),
             ("--num_samples=0", "num_samples"), ("--max_new_tokens=-5", "max_new_tokens"),
             ("--prompt=Caps", "'Cps"), ("--stop=ab", "ab"), ("--stop=Z", "Z"), ("--prompt=-", "U"),
             ("--prompt=FILE:no", "No such file"), ("--prompt=FILE:S4", "directory"),

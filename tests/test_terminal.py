@@ -66,7 +66,7 @@ def test_display():
     chars = CHARS + "\N{CJK UNIFIED IDEOGRAPH-6F22}\N{CJK UNIFIED IDEOGRAPH-5B57}\t\x1b\x9b"
     net = tiny_model(vocab_size=len(chars), seq_len=28, block_size=4, n_layer=1)
     tokenizer, mask_id, frames = CharTokenizer(chars), net.config.mask_id, 0
-    seen = dict.fromkeys((PLAIN, DIM, BRIGHT, OWN), 0)
+    seen, undrafted = dict.fromkeys((PLAIN, DIM, BRIGHT, OWN), 0), 0
     for (width, height, samples, new), mode in (
         ((20, 6, 1, 150), "verify"), ((7, 5, 1, 99), "block"), ((2, 3, 1, 20), "verify"),
         ((80, 24, 1, 60), "gpt"), ((80, 24, 2, 60), "verify"), ((80, 24, 2, 60), "block"),
@@ -82,6 +82,7 @@ def test_display():
                 lines = cells_of(out.getvalue())
                 out.seek(out.truncate(0))
                 frames += 1
+                undrafted += step.drafts is not None and bool((step.drafts == mask_id).all())
                 used = [sum(columns(char) for _, char in line) for line in lines]
                 assert len(lines) <= height and max(used) < width, (used, width, height)
                 made = int(step.settled.sum()) - 3 * samples
@@ -101,7 +102,7 @@ def test_display():
         assert "".join(c for line in wrapped for _, c in line) == printable(chars[1:] * 3)
         used = {sum(columns(char) for _, char in line) for line in wrapped[:-1]}
         assert used <= {width - 1, width}, (width, used)
-    assert min(seen.values()) > 20, f"too few to tell: {seen}"
+    assert min(undrafted, *seen.values()) > 20, f"too few to tell: {seen}, {undrafted}"
     return f"{frames} frames; plain, dim, green, yellow cells: {list(seen.values())}"
 
 
