@@ -44,6 +44,7 @@ from tests.test_terminal import pictured
 from tools import animate, plot
 from util import checkpoint, configurator, dataset, judge
 from util.dataset import CharTokenizer
+from util.display import BRIGHT, DIM, OWN, PLAIN
 
 LETTERS = "\nabcd\xe9\u6f22"  # of 1, 2 and 3 bytes
 GPT, TEXT = {"objective": "ar", "block_size": 1}, "".join(
@@ -366,7 +367,7 @@ def test_plot():
 
 def cells_of(line):
     """[(style, character)] of an SVG's <text>, blanks left out."""
-    kinds = {kind: style for style, kind in animate.CLASSES.items()}
+    kinds = {"": PLAIN, "d": DIM, "a": BRIGHT, "o": OWN}
     parts = [("", line.text)]
     for part in line:
         parts += [(part.get("class"), part.text), ("", part.tail)]
