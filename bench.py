@@ -315,7 +315,7 @@ def parity(device, dtype, N, S, copies, causal, skip, path):
         attend = torch.compile(flex_stream_attention, dynamic=False)
         y = attend(q[skip:], k, v, flex_block_mask(N, S, 1 + copies, skip, causal, device))
     else:
-        parts = stream_parts(N, S, 1 + copies, skip, causal, device, dtype)
+        parts = stream_parts(N, S, 1 + copies, skip, causal, device)
         y = chunked_attention(q[skip:], k, v, parts)
     got = torch.autograd.grad((y.float() * g.float().to(device)).sum(), (q, k, v))
 

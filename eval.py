@@ -541,10 +541,11 @@ def generate_timed(model, rule, value, tokens, s):
     Passes are those that revealed some of a sample, on average: what it takes by itself. In a batch
     an adaptive rule waits for the slowest sample, and tokens/s, those of the batch, show it.
     """
-    name = {"threshold": "tau", "entropy": "gamma"}.get(rule, "steps")
+    how = {"threshold": "tau", "entropy": "gamma"}.get(rule, "steps")
+    how = {how: value, "mode": "gpt" if model.config.objective == "ar" else "block"}
     began, passes = time.perf_counter(), 0
     for step in generate_stream(model, [[]] * s.num_samples, tokens, rule=rule, seed=s.seed,
-                                temperature=s.temperature, **{name: value}):
+                                temperature=s.temperature, **how):
         passes = passes + step.new.any(dim=1).double()
     text = torch.tensor(step.rows())
     return text, passes.mean().item() / tokens, text.numel() / (time.perf_counter() - began)

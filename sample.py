@@ -303,7 +303,8 @@ class Step:
     text (B, W) int64: the rows, of which settled (B,) tokens are final; done (B,) bool; nfe:
     forward passes so far. block (B, n) int64 stands at start (B,) of each row, mask_id where
     undecided; new (B, n) bool: decided by this pass. Mode verify: the first accepted (B,) tokens
-    of the block were drafts, the next one is the GPT level's own, and drafts (B, D) follow it.
+    of the block were drafts, the next one is the GPT level's own, and drafts (B, D) follow it,
+    mask_id where there are none.
     """
 
     text: torch.Tensor
@@ -574,7 +575,8 @@ def write_verified(w):
             drafts, q = block[:, 1 : o.drafts + 1], q[:, 1 : o.drafts + 1]
             count = torch.where(which >= 0, o.drafts, 0)
         new = w.steps(D + 1) <= accepted[:, None]
-        yield w.step(start, text, new, accepted, drafts)
+        shown = drafts.masked_fill(count[:, None] == 0, w.c.mask_id)  # no branch drafted on here
+        yield w.step(start, text, new, accepted, shown)
 
 
 MODES = {"gpt": write_tokens, "block": write_blocks, "verify": write_verified}

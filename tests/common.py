@@ -79,10 +79,10 @@ def refuses_command(script, argv, *words):
     assert all(w in said for w in words) and "\x1b" not in said, (argv, words, said)
 
 
-def command(*argv, env=None, timeout=170):
+def command(*argv, env=None, timeout=170, cwd=HERE):
     """Run one of the scripts as a user does: (exit code, stdout, stderr)."""
     run = subprocess.run(
-        [sys.executable, *map(str, argv)], cwd=HERE, capture_output=True, text=True, check=False,
+        [sys.executable, *map(str, argv)], cwd=cwd, capture_output=True, text=True, check=False,
         timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
     )
     return run.returncode, run.stdout, run.stderr

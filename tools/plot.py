@@ -1,11 +1,12 @@
-"""Draw the README's figures from the tables that eval.py --csv wrote.
+"""Draw the README's figures: quality against passes, and training against time.
 
-    python plot.py                            both, from results/*.csv into assets/
-    python plot.py --samples=                 without the second
-    python plot.py --likelihood=FILE.csv --out_dir=DIR
+    python tools/plot.py                                     results/frontier.csv alone
+    python tools/plot.py --runs=nano:out/nano,AR:out/ar      and these runs' logs; --frontier= alone
 
-likelihood.svg: quality against block size. samples.svg: quality against forward passes per token,
-a panel for each run. Several rows of one block size (seeds) are joined through their mean.
+frontier.svg  NLL against forward passes per token, of rows method,passes_per_token,nll,nll_error.
+              A method with several rows is a line, with one a point; an empty passes_per_token (the
+              n-gram's) makes a dashed line across.
+training.svg  the validation terms against minutes of training, of the log.csv of runs label:path
 """
 
 import csv
@@ -14,152 +15,116 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from configurator import SettingsError, fail, override, public
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from any folder
 
-# ---- settings ----------------------------------------------------------------------------------
-likelihood = "results/likelihood.csv"  # empty: do not draw it
-samples = "results/samples.csv"
+from util.configurator import SettingsError, fail, override, public
+
+# ---- settings ------------------------------------------------------------------------------------
+frontier = "results/frontier.csv"  # empty: do not draw it
+runs = ""  # label:folder or label:log.csv, comma-separated; empty: do not draw them
 out_dir = "assets"
-# -------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 DEFAULTS = public(dict(globals()))
 
 # Okabe and Ito's colours, which the colour-blind can tell apart
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
-)
-RULES = {"random": GREY, "left_to_right": GREEN, "confidence": BLUE, "threshold": ORANGE,
-         "entropy": RED}
+COLORS, MARKERS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), "osD^vP"
+DASHES = {"bound": (":", "bound (\u2264)"), "gpt": ("-", "GPT level"),
+          "joint": ("--", "one pass a block")}
 
 
 def pyplot():
     """matplotlib's pyplot, drawing to files: the same bytes from the same figures."""
     try:
-        import matplotlib
+        from matplotlib import pyplot, use
     except ImportError:
         raise SettingsError("plot.py needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update({
-        "svg.hashsalt": "cascade", "svg.fonttype": "none", "font.size": 9,
+    use("Agg")
+    pyplot.rcParams.update({
+        "svg.hashsalt": "cascade", "font.size": 11, "axes.grid": True, "grid.color": "#e5e5e5",
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+        "savefig.pad_inches": 0.2, "savefig.bbox": "tight", "figure.figsize": (7.6, 4.4),
     })
-    from matplotlib import pyplot
-
     return pyplot
 
 
-def read_table(path, numbers, names):
-    """The rows of a CSV file as dicts, the columns `numbers` as floats. SettingsError otherwise."""
+def read_table(path, names, remedy):
+    """The rows of a CSV file: `names[0]` as text, the others as floats, NaN where empty."""
     try:
         with open(path, newline="", encoding="utf-8") as f:
-            table = list(csv.DictReader(f))
-        rows = [SimpleNamespace(**{k: float(row[k]) for k in numbers}, **{k: row[k] for k in names})
-                for row in table]
-    except OSError as e:
-        raise SettingsError(f"{path}: {e.strerror}; eval.py --csv={path} writes it") from None
-    except (KeyError, TypeError, ValueError) as e:
-        raise SettingsError(f"{path} is no table of eval.py --csv ({e}): write it anew") from None
+            rows = [{k: row[k] if k == names[0] else float(row[k] or "nan") for k in names}
+                    for row in csv.DictReader(f)]
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as e:
+        reason = getattr(e, "strerror", None) or f"{type(e).__name__}: {e}"
+        raise SettingsError(f"{path} is no such table ({reason}): {remedy}") from None
     if not rows:
-        raise SettingsError(f"{path} has no rows: python eval.py --csv={path} writes them")
+        raise SettingsError(f"{path} has no rows: {remedy}")
     return rows
 
 
-def draw_likelihood(plt, rows):
-    """Bound and chain against block size, the autoregressive twin as a line."""
-    figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
-    runs = [r for r in rows if r.objective == "diffusion"]
-    sizes = sorted({int(r.block_size) for r in runs})
-    for name, label, color, marker in (
-        ("bound", "CASCADE, bound (\u2264)", BLUE, "v"), ("chain", "CASCADE, chain", GREEN, "o")
-    ):
-        found = {S: [getattr(r, name) for r in runs if r.block_size == S] for S in sizes}
-        axes.plot(sizes, [sum(v) / len(v) for v in found.values()], color=color, linewidth=1.5)
+def draw_frontier(plt, rows):
+    """NLL against passes per token: lines of methods with several rows, points of the others."""
+    figure, axes = plt.subplots()
+    rest = [r for r in rows if 0 < r["passes_per_token"] < math.inf]
+    for i, name in enumerate(dict.fromkeys(r["method"] for r in rest)):
+        line = sorted((r for r in rest if r["method"] == name), key=lambda r: r["passes_per_token"])
         axes.errorbar(
-            [r.block_size for r in runs], [getattr(r, name) for r in runs],
-            [getattr(r, f"{name}_error") for r in runs], fmt=marker, color=color, markersize=4,
-            capsize=2, label=label,
+            [r["passes_per_token"] for r in line], [r["nll"] for r in line],
+            [r["nll_error"] for r in line], label=name, color=COLORS[i % len(COLORS)],
+            marker=MARKERS[i % len(MARKERS)], markersize=9 if len(line) == 1 else 6, capsize=3,
+            linestyle="-" if len(line) > 1 else "none", zorder=3 if len(line) == 1 else 2,
         )
-    for i, r in enumerate(r for r in rows if r.objective == "ar"):
-        label = None if i else "autoregressive twin"
-        axes.axhline(r.chain, color=RED, linewidth=1.2, linestyle="--", label=label)
+    for r in rows:
+        if r not in rest:
+            axes.axhline(r["nll"], color="#666666", linestyle="--", label=r["method"])
     axes.set_xscale("log", base=2)
-    whole = {int(r.seq_len) for r in rows}
-    axes.set_xticks(sizes, [f"{S}\n(whole)" if S in whole else str(S) for S in sizes])
-    axes.set(xlabel="block size S, tokens", ylabel="nats per token, validation text")
+    ticks = sorted({2.0 ** round(math.log2(r["passes_per_token"])) for r in rest})
+    axes.set_xticks(ticks, [f"1/{1 / t:.0f}" if t < 1 else f"{t:.0f}" for t in ticks])
     axes.minorticks_off()
+    axes.set(xlabel="forward passes per token (further left: fewer)",
+             ylabel="NLL of what is written, nats per token")
     axes.legend()
     return figure
 
 
-def draw_samples(plt, rows):
-    """The judge's score against passes per token, a panel for each diffusion run."""
-    held_out = [r for r in rows if math.isnan(r.nfe_per_token)]
-    made = [r for r in rows if r not in held_out]
-    runs = list(dict.fromkeys(r.run for r in made if r.objective == "diffusion"))
-    if not runs:
-        raise SettingsError("no samples of a diffusion run to draw: leave it out with --samples=")
-    figure, panels = plt.subplots(
-        1, len(runs), figsize=(2.6 + 3.2 * len(runs), 3.6), sharey=True, squeeze=False,
-        layout="constrained",
-    )
-    for axes, run in zip(panels[0], runs, strict=True):
-        mine = [r for r in made if r.run == run]
-        for rule, color in RULES.items():
-            line = sorted((r for r in mine if r.rule == rule), key=lambda r: r.nfe_per_token)
+def draw_training(plt, tables):
+    """The validation terms against minutes: a colour for each run, a dash for each term."""
+    figure, axes = plt.subplots()
+    for (label, rows), color in zip(tables.items(), COLORS * len(tables), strict=False):
+        for term, (dash, name) in DASHES.items():
+            line = [(r["seconds"] / 60, r[f"val_{term}"]) for r in rows
+                    if math.isfinite(r["seconds"] + r[f"val_{term}"])]
             if line:
-                axes.errorbar(
-                    [r.nfe_per_token for r in line], [r.judge_nll for r in line],
-                    [r.judge_error for r in line], marker="o", markersize=4, linewidth=1.3,
-                    capsize=2, color=color, label=rule.replace("_", " "),
-                )
-        text = next((r for r in held_out if r.run == run), None)
-        if text:
-            axes.axhline(text.judge_nll, color="black", linewidth=1, label="held-out text")
-        twin = next((r for r in made if r.objective == "ar"), None)
-        if twin:
-            axes.axhline(
-                twin.judge_nll, color=PURPLE, linewidth=1.2, linestyle="--",
-                label="autoregressive twin, 1 pass",
-            )
-        axes.set_xscale("log", base=2)
-        ticks = sorted({2.0 ** round(math.log2(r.nfe_per_token)) for r in mine})
-        axes.set_xticks(ticks, [f"1/{1 / t:.0f}" if t < 1 else f"{t:.0f}" for t in ticks])
-        axes.minorticks_off()
-        axes.set(xlabel="forward passes per token", title=f"S = {mine[0].block_size:.0f}")
-    panels[0][0].set_ylabel("judge's nats per token (lower: more likely)")
-    handles = panels[0][-1].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right center", fontsize=7)
+                axes.plot(*zip(*line, strict=True), color=color, linestyle=dash, linewidth=1.8,
+                          label=f"{label}: {name}")
+    axes.set(xlabel="minutes of training", ylabel="validation text, nats per token")
+    axes.legend(fontsize=9)
     return figure
-
-
-DRAW = {
-    "likelihood": (draw_likelihood, ("objective",), (
-        "block_size", "seq_len", "bound", "bound_error", "chain", "chain_error",
-    )),
-    "samples": (draw_samples, ("run", "objective", "rule"), (
-        "block_size", "nfe_per_token", "judge_nll", "judge_error",
-    )),
-}
 
 
 def main(argv):
     try:
-        s = SimpleNamespace(**override(DEFAULTS, argv))
-        for name, (draw, names, numbers) in DRAW.items():
-            if not getattr(s, name):
-                continue
-            rows = read_table(getattr(s, name), numbers, names)
+        s, figures = SimpleNamespace(**override(DEFAULTS, argv)), {}
+        if s.frontier:
+            columns = ("method", "passes_per_token", "nll", "nll_error")
+            remedy = f"give --frontier=FILE.csv with the columns {','.join(columns)}"
+            figures["frontier"] = draw_frontier(pyplot(), read_table(s.frontier, columns, remedy))
+        if s.runs:
+            columns, tables = ("step", "seconds", *(f"val_{term}" for term in DASHES)), {}
+            for run in s.runs.split(","):
+                label, _, path = run.partition(":")
+                path = Path(path) / "log.csv" if Path(path).is_dir() else path
+                tables[label] = read_table(path, columns, "write --runs=label:folder,label:folder")
+            figures["training"] = draw_training(pyplot(), tables)
+        for name, figure in figures.items():
             path = Path(s.out_dir) / f"{name}.svg"
-            figure = draw(pyplot(), rows)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                figure.savefig(path, metadata={"Date": None})
-            except OSError as e:
-                raise SettingsError(f"cannot write {path} ({e.strerror}): set --out_dir") from None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, metadata={"Date": None})
             print(path)
     except SettingsError as e:
         fail(e)
-    return 0
+    except OSError as e:
+        fail(f"cannot write to {s.out_dir} ({e.strerror}): set --out_dir")
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -49,8 +49,9 @@ def styled(line):
 
 
 class Display:
-    """Shows the end of every sample while it is written: masks and drafts dim, new tokens bright,
-    settled text plain; in mode verify accepted drafts green and the GPT level's own tokens yellow.
+    """Shows the end of every sample while it is written: masks and drafts dim, new tokens bright
+    green, settled text plain; in mode verify accepted drafts green and the GPT level's own tokens,
+    of which most stand where a draft was refused, yellow. Below, a line says what that cost.
 
     It draws on the terminal's alternate screen: a resized window or the echo of Ctrl-C leaves
     nothing behind, and on leaving the old screen and the cursor return, whatever happened.
@@ -58,6 +59,7 @@ class Display:
 
     def __init__(self, tokenizer, mask_id, out=None):
         self.tokenizer, self.mask_id, self.out = tokenizer, mask_id, out or sys.stdout
+        self.prompts = 0  # tokens of all prompts together
         encoding = (self.out.encoding or "").lower().replace("-", "")
         self.glyph = "\u2591" if encoding.startswith("utf") else "_"
 
@@ -90,16 +92,30 @@ class Display:
             style = OWN if own else BRIGHT if fresh else PLAIN
             out.append((style, self.tokenizer.token_text(token)))
         if step.drafts is not None and not step.done[row]:
-            out += [(DIM, self.tokenizer.token_text(t)) for t in step.drafts[row].tolist()]
+            out += [(DIM, self.glyph if t == self.mask_id else self.tokenizer.token_text(t))
+                    for t in step.drafts[row].tolist()]
+        return out
+
+    def caption(self, step):
+        """[(style, text)] of one line: passes so far, tokens a pass, and in mode verify colours."""
+        if not step.nfe:
+            self.prompts = int(step.settled.sum())
+        rate = (int(step.settled.sum()) - self.prompts) / max(1, step.nfe)
+        out = [(DIM, f"{step.nfe} passes, {rate:.2f} tokens a pass")]
+        if step.drafts is not None:
+            out += [(DIM, " | "), (BRIGHT, "accepted"), (PLAIN, " "), (OWN, "the GPT's own"),
+                    (DIM, " draft")]
         return out
 
     def show(self, step):
         size = shutil.get_terminal_size()
-        rows = min(len(step.text), size.lines)  # of more samples than lines, the first
-        height, width = size.lines // rows, max(1, size.columns - 1)
-        lines = []
+        width, below = max(1, size.columns - 1), int(size.lines > 3)
+        room = size.lines - below
+        rows = min(len(step.text), room)  # of more samples than lines, the first
+        height, lines = room // rows, []
         for row in range(rows):
             lines += wrap(self.pieces(step, row, height * width), width)[-height:]
+        lines += wrap(self.caption(step), width)[:below]
         frame = "\x1b[H\x1b[J" + "\n".join(styled(line) for line in lines)
         self.out.write("\x1b[?2026h" + frame + "\x1b[?2026l")  # drawn at once where supported
         self.out.flush()

@@ -1,0 +1,503 @@
+"""The commands: each job on a tiny checkpoint, what it prints, and one table of mistakes."""
+
+import contextlib
+import functools
+import io
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import bench
+import eval as evaluation
+import sample
+import train
+from tests.common import (
+    CHARS,
+    HERE,
+    TINY,
+    Skip,
+    arguments,
+    call_main,
+    checkpoint_folder,
+    command,
+    generator,
+    refuses,
+    refuses_command,
+    tiny_model,
+    train_tiny,
+    within,
+    write_dataset,
+)
+from tests.test_terminal import pictured
+from tools import animate, plot
+from util import checkpoint, configurator, dataset, judge
+from util.dataset import CharTokenizer
+from util.display import BRIGHT, DIM, OWN, PLAIN
+
+LETTERS = "\nabcd\xe9\u6f22"  # of 1, 2 and 3 bytes
+GPT, TEXT = {"objective": "ar", "block_size": 1}, "".join(
+    LETTERS[i] for i in (torch.arange(4010) ** 2 // 3 % 7).tolist())
+
+
+@functools.cache
+def trained():
+    """(a folder with data and the runs S4, block (of BD3-LM), ar, and a judge, its keeper)."""
+    keeper = tempfile.TemporaryDirectory()
+    write_dataset(keeper.name, TEXT, LETTERS)
+    for name, settings in (("S4", {}), ("block", {"context": "block", "local_window": 0}),
+                           ("ar", GPT), ("judge", GPT | {"seed": 2})):
+        train_tiny(keeper.name, max_steps=4, **settings, out_dir=f"{keeper.name}/{name}")
+    return Path(keeper.name), keeper
+
+
+def run(script, *argv):
+    """What a command prints on stdout; it must succeed and say nothing on stderr."""
+    code, said, err = call_main(script, argv)
+    assert code in (0, None) and not err, (argv, code, err)
+    return said
+
+
+def run_json(script, *argv):
+    """The one JSON object, without a NaN, that a command prints with --json=true."""
+    said = run(script, *argv, "--json=true")
+    assert said.count("\n") == 1, said
+    return json.loads(said, parse_constant=lambda word: 1 / 0)
+
+
+def test_commands_of_the_readme():
+    """The README's commands as processes, made tiny: train (which prepares the data), resume,
+    sample; and the animation from another folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        # a fresh clone: the raw text is there, the prepared files are not
+        out, env = f"--out_dir={folder}/out", {"CASCADE_DATA": f"{folder}/data"}
+        code, said, err = command("train.py", "config/smoke.py", out, env=env)
+        assert code == 0 and "is not prepared yet" in said, said + err
+        assert Path(folder, "data/shakespeare/meta.json").exists()
+        for part in ("bound of the block level <= ", "NLL of the GPT level = ", " bits/byte",
+                     " tokens a pass", f"checkpoint: {folder}/out/", f"python sample.py {out}"):
+            assert part in re.sub(" +", " ", said), f"{part!r} is missing in: {said}"
+        steps = configurator.override(train.DEFAULTS, ["config/smoke.py"])["max_steps"] + 5
+        code, said, err = command("train.py", "config/smoke.py", out, "--init_from=resume",
+                                  f"--max_steps={steps}", env=env)
+        assert code == 0 and f"{steps} steps" in said, said + err
+        code, said, err = command("sample.py", out, "--prompt=KING.", "--max_new_tokens=30",
+                                  env=env)
+        assert code == 0 and said.startswith("KING.") and len(said) == 5 + 30 + 1, (said, err)
+        code, said, err = command(f"{HERE}/tools/animate.py", out, "--svg=a.svg", cwd=folder)
+        assert code == 0 and Path(folder, "a.svg").exists(), err
+    return "train (which prepares the data), resume, sample, animate"
+
+
+def printed(folder, net, tokenizer, given, prompt, samples, argv, **options):
+    """sample.py on a pipe must print what the library writes; returns the first row."""
+    options = {"temperature": sample.DEFAULTS["temperature"], **options}
+    rows = sample.generate(net, [tokenizer.encode(prompt)] * samples, 20, **options)
+    texts = [tokenizer.decode(row) + "\n" for row in rows]
+    if samples > 1:
+        texts = [f"--- sample {i + 1} of {samples}\n{text}" for i, text in enumerate(texts)]
+    with mock.patch("sys.stdin", io.StringIO(prompt)):
+        said = run(sample, f"--out_dir={folder}", "--max_new_tokens=20", "--device=cpu", *argv,
+                   f"--prompt={given.format(folder)}", f"--num_samples={samples}")
+    assert said == "".join(texts), (argv, said)
+    return rows[0]
+
+
+def test_sample_command():
+    """What the command accepts, in a pipe: the library's text, unadorned, in every mode."""
+    block, five = {"mode": "block"}, {"rule": "threshold", "tau": 0.3, "temperature": 0.5,
+                                      "top_k": 7, "top_p": 0.9, "seed": 4}
+    cases = (  # shape of the model, how the prompt is given, the prompt, samples, options
+        ({}, "", "", 1, {}), ({}, "ab", "ab", 1, {"mode": "gpt"}), ({}, "ab", "ab", 3, {}),
+        ({}, "ab", "ab", 1, {"drafts": 2, "branches": 1}), ({}, "ab", "ab", 3, block | five),
+        ({}, "FILE:{}/prompt.txt", "caf\xe9 a\n", 1, block | {"steps": 2}),
+        ({}, "-", "hello\n", 1, block | {"rule": "entropy", "gamma": 1.0}),
+        ({"objective": "ar"}, "abc", "abc", 1, {"mode": "gpt"}),
+        ({"context": "block"}, "abc", "abc", 2, block),
+    )
+    for shape, *how, options in cases:
+        with checkpoint_folder(**shape) as it:
+            (it[0] / "prompt.txt").write_text("caf\xe9 a\n", encoding="utf-8")
+            stop = printed(*it, *how, arguments(options), **options)[-9]
+            argv = [*arguments(options), f"--stop={it[2].decode([stop])}"]
+            printed(*it, *how, argv, stop_token=stop, **options)
+    with checkpoint_folder() as it:
+        it[1].config.block_size = 8
+        printed(*it, "ab", "ab", 1, ["--block_size=8", "--any_block_size=true"])
+    return f"{2 * len(cases) + 1} runs print the library's text"
+
+
+def test_draws_are_float64():
+    """Every random number that a token is drawn or a draft accepted with, in all modes: in float32
+    it would act as a lower temperature."""
+    seen, exponential, rand = [], torch.Tensor.exponential_, torch.rand
+    with (
+        mock.patch.object(torch.Tensor, "exponential_",
+                          lambda x, **how: seen.append(x.dtype) or exponential(x, **how)),
+        mock.patch("torch.rand", lambda *n, **how: seen.append(how["dtype"]) or rand(*n, **how))
+    ):
+        for mode in ("gpt", "block", "verify"):
+            sample.generate(tiny_model(), [[1], []], 9, mode=mode)
+    assert len(seen) > 20 and set(seen) == {torch.float64}, set(seen)
+    return f"{len(seen)} draws, all in float64"
+
+
+def windows_of(folder, W, length=16):
+    """(W, length): every window of the validation text, or W spread evenly from its start."""
+    split = dataset.load_dataset(folder).split("val")
+    count = len(split) // length
+    starts = [i * count // (W or count) * length for i in range(W or count)]
+    return torch.from_numpy(split.window(np.array(starts), length))
+
+
+def test_eval_likelihood():
+    """Printed, as JSON and as CSV the same figures; nats, bits a byte and perplexity agree with the
+    definitions on text whose characters take 1 to 3 bytes; errors are those of windows."""
+    folder, _ = trained()
+    S4, table = f"--out_dir={folder}/S4", Path(tempfile.mkdtemp(dir=folder), "new", "table.csv")
+    said = run(evaluation, S4, f"--csv={table}", "--rule_windows=20")
+    found = run_json(evaluation, S4, "--rule_windows=20", "--batch=3")
+    row = found["rows"][0]
+    val = TEXT[int(len(TEXT) * 0.75):]
+    size = len(val.encode()) / len(val)
+    assert 1.3 < size < 2 and abs(found["run"]["bytes_per_token"] - size) < 1e-9, size
+    for name, sign in (("gpt", " ="), ("bound", "<="), ("5-gram", " ="), ("left_to_right 1", " =")):
+        mean, error = row[name], row[f"{name}_error"]
+        line = (f"{name:20s} {sign} {mean:.4f} +- {error:.4f} nats/token  {sign} "
+                f"{mean / math.log(2) / size:.4f} bits/byte  {sign} {math.e**mean:.3f} perplexity")
+        assert line in said, (line, said)
+    assert "62 of 62 windows of 16 tokens" in said and "20 of 62 windows" in said, said
+    assert "the tail of 11 is left out" in said and "4.000 passes" not in said, said
+    chart = [float(x.split()[1]) for x in said.splitlines() if re.match(r" +[1-4]  \d", x)]
+    assert np.allclose(chart, row["by_k"], atol=6e-4), (chart, row["by_k"])
+    head, first = (line.split(",") for line in table.read_text().splitlines())
+    assert abs(float(dict(zip(head, first, strict=True))["bound"]) - row["bound"]) < 1e-5
+
+    net, _ = checkpoint.load_model(folder / "S4")
+    score, x0 = evaluation.Score(net), windows_of(folder, 20)
+    each = evaluation.score_rule(score, x0, "confidence", 2)[0].numpy()
+    off = [abs(row["confidence 2"] - each.mean()),
+           abs(row["confidence 2_error"] - each.std(ddof=1) / math.sqrt(20))]
+    ar = run_json(evaluation, f"--out_dir={folder}/ar")["rows"][0]
+    net, _ = checkpoint.load_model(folder / "ar")
+    x0 = windows_of(folder, 0)
+    with torch.no_grad():
+        logits = net(torch.cat([torch.full_like(x0[:, :1], 7), x0[:, :-1]], dim=1))
+    nll = F.cross_entropy(logits.mT, x0, reduction="none").mean(dim=1).numpy()
+    off += [abs(ar["gpt"] - nll.mean()), abs(ar["gpt_error"] - nll.std(ddof=1) / math.sqrt(62))]
+    return within(max(off), 1e-5, "means and errors of two models, max|diff|")
+
+
+def test_eval_jobs():
+    """--exact on the windows that it says; --drafts with the control; --samples row by row."""
+    folder, _ = trained()
+    S4 = f"--out_dir={folder}/S4"
+    found = run_json(evaluation, S4, "--exact=true", "--exact_windows=7")["rows"][0]
+    net, _ = checkpoint.load_model(folder / "S4")
+    wanted = evaluation.score_exact(evaluation.Score(net), windows_of(folder, 7))
+    off = max(abs(found[name] - x.mean().item()) for name, x in
+              zip(("exact bound", "random order", "left to right"), wanted, strict=True))
+    assert "exact bound above" in run(evaluation, S4, "--exact=true", "--exact_windows=7")
+
+    block, control = run_json(evaluation, S4, "--drafts=true", "--num_samples=2")["rows"]
+    assert (block["drafter"], control["drafter"]) == ("block level", "5-gram")
+    steps = [step for step in sample.generate_stream(net, [[], []], 16, mode="verify", seed=0)
+             if step.drafts is not None and not step.done.any()]
+    wanted = (int(steps[-1].settled.sum()) - 2) / 2 / len(steps)  # the first two are not verified
+    off = max(off, abs(block["tokens_per_pass"] - wanted))
+    first = torch.cat([step.accepted for step in steps if step.block.shape[1] > 1]) > 0
+    off = max(off, abs(block["accepted"][0] - first.double().mean().item()))
+
+    argv = [S4, "--samples=true", f"--judge={folder}/judge", "--num_samples=3", "--temperature=0",
+            "--sample_tokens=30", "--rows=left_to_right:4,confidence:1,threshold:0.3,entropy:1"]
+    rows = run_json(evaluation, *argv)["rows"]
+    assert f"{rows[2]['judge_nll']:.3f} +- " in run(evaluation, *argv)
+    names = ["held-out text", "left_to_right", "confidence", "threshold", "entropy"]
+    assert [r["rule"] for r in rows] == names
+    for r, o in zip(rows[1:], ({"steps": 4}, {"steps": 1}, {"tau": 0.3}, {"gamma": 1.0}),
+                    strict=True):
+        passes, o = 0, {"mode": "block", "rule": r["rule"], "temperature": 0, **o}
+        for one in sample.generate_stream(net, [[]], 30, **o):
+            passes += bool(one.new.any())
+        assert r["nfe_per_token"] == passes / 30, (r, passes)  # greedy rows are alike
+        assert abs(r["entropy"] - judge.token_entropy(torch.tensor(one.rows()))) < 1e-9
+    net, _ = checkpoint.load_model(folder / "judge")
+    text = windows_of(folder, 3, 30)
+    nll = judge.autoregressive_judge(net, evaluation.ar_nll)(text)[0].sum().item()
+    size = len(CharTokenizer(LETTERS).decode(text.flatten().tolist()).encode())
+    off = max(off, abs(rows[0]["judge_nll"] - nll / 90),
+              abs(rows[0]["judge_bits_per_byte"] - nll / math.log(2) / size))
+    return within(off, 1e-6, "exact, accepted and judged figures, max|diff|")
+
+
+def test_eval_hugging_face_judge():
+    """A local GPT-2 of random weights and its own vocabulary, against a loop over its tokens."""
+    try:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    except ImportError as e:
+        raise Skip(f"needs transformers ({e}): pip install transformers") from None
+    text, mine, worst = 1 + torch.randint(3, (2, 12), generator=generator(1)), "\nabc", 0.0
+    # its progress bars on stderr are not this test's
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        words = Tokenizer(models.WordLevel({"<s>": 0, "c": 1, "a": 2, "b": 3}, unk_token="<s>"))
+        words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        torch.manual_seed(0)
+        net = GPT2LMHeadModel(GPT2Config(
+            vocab_size=4, n_positions=8, n_embd=16, n_layer=1, n_head=2, initializer_range=0.5,
+            bos_token_id=0, eos_token_id=0,
+        )).eval()
+        net.save_pretrained(folder)
+        for begin in ("<s>", None):
+            PreTrainedTokenizerFast(tokenizer_object=words, bos_token=begin).save_pretrained(folder)
+            nll, tokens = judge.hugging_face_judge(folder, CharTokenizer(mine), "cpu")(text)
+            for row, said, count in zip(text.tolist(), nll, tokens, strict=True):
+                ids = [0] * (begin is not None) + [".cab".index(mine[i]) for i in row]
+                for i in range(1, len(ids)):  # windows of 8, each later one 4 on
+                    first = 0 if i < 8 else (i - 8) // 4 * 4 + 4
+                    with torch.no_grad():
+                        logits = net(torch.tensor([ids[first:i]])).logits[0, -1]
+                    said = said + logits.double().log_softmax(-1)[ids[i]]
+                assert count == len(ids) - 1
+                worst = max(worst, abs(said.item()))
+        Path(folder, "config.json").write_text("{}")
+        refuses(lambda: judge.hugging_face_judge(folder, CharTokenizer(mine), "cpu"), "no causal")
+    return within(worst, 1e-5)
+
+
+def test_bench_commands():
+    """Each measurement in small, as JSON: rows as promised, figures finite, ratios ordered."""
+    folder, _ = trained()
+    tiny = arguments({**TINY, "dataset": folder, "rounds": 2, "steps": 1})
+    ours, ar, product = run_json(bench, "train", *tiny)["rows"]
+    assert (ours["step"], ar["step"], product["step"]) == ("ours", "ar", "product")
+    for r in (ours, ar):
+        assert abs(r["tokens_per_s"] * r["ms"] / 1e3 - 8 * 16) < 1e-6, r
+        rate = r["gflop"] / r["ms"] * 1e3  # medians of a few rounds: not to the digit
+        assert 0.2 < rate / product["gflop_per_s"] / r["mfu"] < 5, r
+        assert 0 < r["of_ar"][1] <= r["of_ar"][0] <= r["of_ar"][2], r
+    assert ar["of_ar"] == [1, 1, 1] and ours["gflop"] > ar["gflop"], (ours, ar)
+    said = run(bench, "train", *tiny)
+    assert re.search(r"\nours +[\d,]+ ", said) and re.search(r"\nar .* 1\.00 \(1\.00-1\.00", said)
+
+    tiny = arguments({**TINY, "dataset": folder, "batch_size": 1})
+    short, long = run_json(bench, "memory", *tiny, "--lengths=16,32")["rows"]
+    assert (short["N"], long["N"]) == (16, 32) and min(short["bytes"], long["bytes"]) >= 0
+
+    argv = ["decode", f"--out_dir={folder}/S4", f"--ar_dir={folder}/ar", "--tokens=8",
+            "--batches=1,3", "--modes=gpt,verify,block:1,block:2", "--rounds=1", "--windows=8"]
+    rows = run_json(bench, *argv)["rows"]
+    assert [(r["batch"], r["mode"]) for r in rows] == [
+        (b, m) for b in (1, 3) for m in ("ar", "gpt", "verify", "block:1", "block:2")]
+    found = {r["mode"]: r for r in rows[:5]}
+    passes = {name: r["tokens_per_pass"] for name, r in found.items()}
+    assert 1 <= passes.pop("verify") <= 4, passes
+    assert passes == {"ar": 1, "gpt": 1, "block:1": 4, "block:2": 2}, passes
+    assert found["gpt"]["nll"] == found["verify"]["nll"] != found["ar"]["nll"] and found["ar"][
+        "of_ar"] == [1, 1, 1], found
+    return f"train, memory and decode: {3 + 2 + len(rows)} rows"
+
+
+def test_bench_gpu_list():
+    """The GPU's list, here in small: verdicts, figures, and what a failing or late part says."""
+    folder, _ = trained()
+    s = SimpleNamespace(**{
+        **bench.GPU, **TINY, "dataset": f"{folder}", "rounds": 1, "steps": 1, "lengths": "8,16",
+        "attention": "chunk", "compile": "false", "shakespeare_steps": 3})
+    worst = max(bench.parity("cpu", torch.bfloat16, 24, 4, 1, True, 0, "chunk"))
+    chosen = train.DEFAULTS | TINY | {"dataset": f"{folder}", "max_steps": 30}
+
+    def broken(s):
+        """A part that needs too much."""
+        raise torch.OutOfMemoryError("too much")
+
+    out, parts = io.StringIO(), (broken, bench.gpu_parity, bench.gpu_train, bench.gpu_shakespeare)
+    with mock.patch.multiple(bench, GPU_LIST=parts, override=lambda *_: chosen,
+                             parity=lambda device, dtype, *_: (5e-3, 5e-3)):
+        with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+            raise AssertionError(f"a failed part leaves with exit code 0: {bench.bench_gpu(s)}")
+    said = out.getvalue()
+    verdicts = re.findall(r"in (\w+), from the oracle +\| (PASS|FAIL)", said)
+    assert verdicts == [("float32", "FAIL"), ("bfloat16", "PASS"), ("float16", "PASS")], said
+    for part in ("FAIL: out of memory; lower --batch_size=8", "step of ours", "30 steps at this"):
+        assert part in said and "nan" not in said, (part, said)
+    s.minutes, s.device = 0.0, "cuda"
+    with mock.patch.object(bench, "peak_of_step", lambda s, N: 2**20 * N):
+        *_, last = bench.gpu_memory(s)
+    assert last == ("peak memory, N=16, batch 1", "16 MiB, 2.00 times the row before"), last
+    late = [figure[:8] for _, figure in bench.bench_gpu(s)[:-1]]
+    assert late == ["left out"] * len(bench.GPU_LIST), late
+    return within(worst, 1e-2, "the oracle's attention in bfloat16, relative")
+
+
+def test_plot():
+    """Two figures from made-up tables and a real run's log, the same bytes twice."""
+    try:
+        plot.pyplot()
+    except configurator.SettingsError as e:
+        raise Skip(f"{e}") from None
+    folder, _ = trained()
+    with tempfile.TemporaryDirectory() as out:
+        table = Path(out, "frontier.csv")
+        table.write_text("method,passes_per_token,nll,nll_error\nplain,0.25,2.9,0.01\n"
+                         "plain,1,2.1,0.01\nverify,0.3,1.65,0.01\n5-gram,,1.62,0.01\n")
+        argv = [f"--frontier={table}", f"--out_dir={out}/new", f"--runs=mine:{folder}/S4,AR:"
+                f"{folder}/ar/log.csv"]
+        pictures = []
+        for _ in range(2):
+            said = run(plot, *argv)
+            pictures.append([Path(line).read_text() for line in said.splitlines()])
+    assert pictures[0] == pictures[1], "not repeatable"
+    words = (("plain", "verify", "5-gram", "1/4"), ("mine: bound (\u2264)", "AR: GPT level"))
+    for picture, expected in zip(pictures[0], words, strict=True):
+        assert all(f"<!-- {word} -->" in picture for word in expected), expected
+    return "two figures, the same twice"
+
+
+def cells_of(line):
+    """[(style, character)] of an SVG's <text>, blanks left out."""
+    kinds = {"": PLAIN, "d": DIM, "a": BRIGHT, "o": OWN}
+    parts = [("", line.text)]
+    for part in line:
+        parts += [(part.get("class"), part.text), ("", part.tail)]
+    return [(kinds[kind], c) for kind, text in parts for c in text or "" if c.strip()]
+
+
+def test_animate():
+    """A frame for each pass, cell by cell in the terminal's colours, with a caption; at the end the
+    settled text; of a size that a README can carry."""
+    with checkpoint_folder(CHARS.replace("!", "<")) as (folder, net, tokenizer):
+        path = folder / "new" / "a.svg"
+        said = run(animate, f"--out_dir={folder}", f"--svg={path}", "--prompt=a<b", "--device=cpu")
+        prompt, size = tokenizer.encode("a<b"), path.stat().st_size
+        steps = list(sample.generate_stream(net, [prompt], 320, temperature=0.8))
+        frames = [g for g in ElementTree.parse(path).getroot() if g.tag.endswith("}g")]
+    assert len(frames) == len(steps) + 1 and size < 400_000, (len(frames), len(steps), size)
+    for i, (frame, step) in enumerate(zip(frames, [*steps, steps[-1]], strict=True)):
+        *lines, caption = frame
+        cells = [cell for line in lines for cell in cells_of(line)]
+        if i < len(steps) - 1:
+            assert cells == pictured(step, 0, tokenizer, net.config.mask_id), (i, cells[-9:])
+        assert f"{step.nfe} passes, " in "".join(caption.itertext())
+    text = [("", char) for char in tokenizer.decode(step.rows()[0]) if char.strip()]
+    assert cells == text, "the finished text is not plain"
+    return f"{len(frames)} frames, {said.split()[-2]} kB"
+
+
+def mistakes():
+    """(script, command line, words of the one line) of what a user may get wrong in the folder of
+    `trained()` with the additions of `spoil`."""
+    judged = "--out_dir=S4 --samples=true --num_samples=2 --judge=judge"
+    fresh = "--dataset=./ --out_dir=fresh --device=cpu --seq_len=16 --block_size=4 --max_steps=1"
+    decode = "decode --tokens=4 --windows=4 --device=cpu"
+    table = (
+        (sample, "--out_dir=S4", (
+            ("--steps=5", "steps", "1..4"), ("--steps=-1", "1..4"), ("--drafts=4", "1..3"),
+            ("--branches=5", "1..4"), ("--mode=fast", "verify"), ("--rule=best", "left_to_right"),
+            ("--tau=1.5", "tau"), ("--temperature=nan", "temperature"), ("--top_k=-2", "top_k"),
+            ("--num_samples=0", "num_samples"), ("--max_new_tokens=-5", "max_new_tokens"),
+            ("--prompt=Caps", "'Cps"), ("--stop=ab", "ab"), ("--stop=Z", "Z"), ("--prompt=-", "U"),
+            ("--prompt=FILE:no", "No such file"), ("--prompt=FILE:S4", "directory"),
+            ("--prompt=FILE:bytes.txt", "UTF-8"), ("--delay=-1", "delay"), ("--delay=nan", "delay"),
+            ("--block_size=8", "blocks of 4", "--any_block_size=true"),
+            ("--block_size=5 --any_block_size=true", "multiple"),
+            ("--setps=3", "did you mean steps"), ("--steps=many", "int"), ("steps", "--key=value"),
+            ("--out_dir=/no/such", "/no/such"), ("--out_dir=empty", "no checkpoint"))),
+        (sample, "", (("--out_dir=ar --mode=verify", "use mode gpt"),
+                      ("--out_dir=block --mode=verify", "context block", "use mode block"),
+                      ("--out_dir=block --mode=gpt", "context block", "use mode block"))),
+        (train, fresh, (
+            ("--local_window=17", "local_window", "0..seq_len"), ("--local_window=-1", "0..seq_"),
+            ("--gpt_weight=-1", "--gpt_weight must be 0 or more"), ("--gpt_weight=nan", "0 or mor"),
+            ("--joint_weight=-0.5", "--joint_weight must be 0 or more"),
+            ("--copies=3", "--copies must be one of 1, 2"), ("--context=both", "causal or block"),
+            ("--block_size=5", "multiple of block_size"))),
+        (evaluation, "--out_dir=S4", (
+            ("--exakt=true", "did you mean exact"), ("--batch=0", "--batch"),
+            ("--exact=true --samples=true", "one at a time"), ("--windows=-1", "--windows"),
+            ("--split=test", "no split 'test'"), ("--dataset=nowhere", "no dataset"),
+            ("--device=tpu", "not on this machine"), ("--samples=true", "needs --judge=DIR"),
+            ("--samples=true --judge=S4", "not autoregressive"), ("--rows=random:2", "unknown r"),
+            ("--samples=true --judge=foreign", "another vocabulary"),
+            ("--samples=true --judge=hf:/no/such", "--judge=hf:"),
+            ("--csv=held.csv --rows=confidence:1", "other columns"),
+            ("--csv=S4 --rows=confidence:1", "cannot be written"))),
+        (evaluation, judged, (
+            ("--rows=random", "rule:K"), ("--rows=best:2", "unknown rule 'best'"),
+            ("--rows=random:5", "1..4"), ("--sample_tokens=2000", "1003 tokens"))),
+        (evaluation, "", (
+            ("--out_dir=block --drafts=true", "context block"), ("--out_dir=orphan", "--dataset"),
+            ("--out_dir=ar --drafts=true", "mode gpt"), ("--out_dir=ar --exact=true", "exact out"),
+            ("--out_dir=wide --exact=true", "1,023", "left_to_right"),
+            ("--out_dir=long", "1003 tokens", "window of 4002"),
+            ("--out_dir=foreign", "another vocabulary", "char, 7"),
+            ("--out_dir=ar --samples=true --judge=ar", "the model itself"))),
+        (bench, "", (
+            ("", "decode", "train"), ("trian", "decode", "train"),
+            ("train --tokens=3", "unknown setting 'tokens'"), ("train --device=tpu", "not on this"),
+            ("memory --lengths=16,x --device=cpu", "--lengths must be numbers"),
+            ("train --rounds=0 --device=cpu", "at least 1"),
+            (f"train {fresh} --n_head=5", "not divisible"),
+            (f"{decode} --out_dir=S4 --ar_dir=ar --batches=0", "--batches must be numbers"),
+            (f"{decode} --out_dir=S4 --ar_dir=ar --modes=fast", "verify"),
+            (f"{decode} --out_dir=block --ar_dir=ar", "context block"),
+            (f"{decode} --out_dir=S4 --ar_dir=S4", "not autoregressive"))),
+        (animate, "--out_dir=S4", (("--columns=0", "--columns must be 1 or more"),
+                                   ("--svg=S4 --max_new_tokens=1", "directory"))),
+        (plot, "", (("--frontier=no.csv", "No such file", "method,passes_per_token"),
+                    ("--frontier=held.csv", "method,passes_per_token"),
+                    ("--frontier= --runs=a:no", "label:folder"))),
+    )
+    return [(script, f"{always} {argv}".split(), *words) for script, always, cases in table
+            for argv, *words in cases]
+
+
+def spoil(folder):
+    """Add to `folder` checkpoints that do not fit its text, and files that are none of ours."""
+    (folder / "bytes.txt").write_bytes(b"abc\xff\xfe")
+    (folder / "held.csv").write_text("a,b\n1,2\n")
+    (folder / "empty").mkdir()
+    _, state = checkpoint.load_model(folder / "S4")
+    state = {k: v for k, v in state.items() if k not in ("digest", "torch", "format")}
+    wide = {"seq_len": 10, "block_size": 10}
+    for name, shape, more in (
+        ("wide", wide, {}), ("orphan", wide, {"settings": {}}), ("long", {"seq_len": 4002}, {}),
+        ("foreign", {"objective": "ar"}, {"meta": {**state["meta"], "chars": LETTERS[:-1] + "x"}}),
+    ):
+        net = tiny_model(**{"vocab_size": 7, **shape})
+        new = {"config": asdict(net.config), "model": net.state_dict(), "optimizers": [], **more}
+        (folder / name).mkdir()
+        checkpoint.save_checkpoint(folder / name / "last.pt", {**state, **new})
+
+
+def test_mistakes():
+    """Every mistake on a command line ends in one line that says what to do, and does no harm."""
+    here, table = os.getcwd(), mistakes()
+    if not torch.cuda.is_available():
+        table.append((bench, ["gpu"], "no CUDA device here"))
+    with tempfile.TemporaryDirectory() as copy:
+        folder = Path(shutil.copytree(trained()[0], copy, dirs_exist_ok=True))
+        spoil(folder)
+        os.chdir(folder)
+        try:
+            for script, argv, *words in table:
+                with mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"))):
+                    refuses_command(script, argv, *words)
+        finally:
+            os.chdir(here)
+        assert not (folder / "fresh").exists(), "a refused run left a folder"
+        assert (folder / "held.csv").read_text() == "a,b\n1,2\n"
+    code, said, err = command("eval.py", "--out_dir=/no/such")
+    assert code == 2 and not said and err.count("\n") == 1, err
+    return f"{len(table) + 1} mistakes, one line each"
