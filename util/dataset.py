@@ -212,6 +212,22 @@ def prepare_command(folder):
     return f"python data/{name}/prepare.py{again} ({SIZES[name]})"
 
 
+def identity(meta):
+    """
+    What data a meta.json describes: {split: sha256 of its ids, ..., "vocabulary": sha256}.
+
+    Two datasets of equal identity are the same tokens in the same order, whatever their folder.
+    A split of several shards has the hash of their hashes.
+    """
+    def joined(hashes):
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+    vocabulary = [meta[key] for key in ("tokenizer", "vocab_size", "eot")] + [meta.get("chars")]
+    found = {name: joined([shard["sha256"] for shard in info["shards"]])
+             for name, info in meta["splits"].items()}
+    return found | {"vocabulary": hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()}
+
+
 def ships_with_repository(name):
     """Whether data/<name>/prepare.py needs neither network nor arguments: its raw text is there."""
     return any((REPOSITORY / "data" / str(name)).glob("*.txt.xz"))
