@@ -37,6 +37,9 @@ from urllib.request import urlopen
 
 import numpy as np
 
+from util.configurator import SettingsError
+from util.configurator import command as guarded
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARD_TOKENS = 100_000_000
 EOT_TEXT = "<|endoftext|>"
@@ -45,7 +48,7 @@ SIZES = {"shakespeare": "5 MB", "shakespeare_char": "1 MB", "enwik8": "100 MB, d
          "fineweb_edu": "400 MB for 200M tokens"}
 
 
-class DataError(Exception):
+class DataError(SettingsError):
     """A user's mistake; str() is one line with the remedy, printed after `error: `."""
 
 
@@ -536,14 +539,8 @@ class Arguments(argparse.ArgumentParser):
 
 
 def run(main):
-    """Call a script's main(); a user's mistake ends it in one line and exit code 1."""
-    clear = "\r\033[K" if sys.stderr.isatty() else ""  # the progress line
-    try:
-        main()
-    except (DataError, OSError) as e:  # OSError: disk full, no permission
-        sys.exit(f"{clear}error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(f"{clear}stopped: no dataset was changed")
+    """Call a script's main(); a user's mistake ends it in one line, Ctrl-C in exit code 130."""
+    sys.exit(guarded(lambda argv: main())(sys.argv))
 
 
 def report(folder, meta):
