@@ -20,10 +20,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
-from util.configurator import SettingsError, check_settings, command, override, public
+from util.configurator import SettingsError, check_settings, guarded, override, public
 
 # isort: split
-
 import torch
 from torch import nn
 
@@ -468,7 +467,7 @@ def finish(run, stopped):
     )
 
 
-@command
+@guarded
 def main(argv):
     processes = Processes()
     try:

@@ -11,8 +11,7 @@ from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 
-from configurator import SettingsError, fail, override
-from dataset import DataError
+from configurator import SettingsError, guarded, override
 
 import sample
 
@@ -81,18 +80,16 @@ def svg(pictures, s):
     return "\n".join([*out, "</svg>\n"])
 
 
+@guarded
 def main(argv):
-    try:
-        s = SimpleNamespace(**override(SETTINGS, argv))
-        if min(s.columns, s.frame_ms, s.hold_ms) < 1:
-            raise SettingsError("columns, frame_ms and hold_ms must be at least 1")
-        path = Path(s.svg)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(svg(list(frames(s)), s), encoding="utf-8")
-        print(f"{path}: {path.stat().st_size / 1024:.0f} kB")
-    except (SettingsError, DataError, ValueError, OSError) as e:
-        fail(e)
+    s = SimpleNamespace(**override(SETTINGS, argv))
+    if min(s.columns, s.frame_ms, s.hold_ms) < 1:
+        raise SettingsError("columns, frame_ms and hold_ms must be at least 1")
+    path = Path(s.svg)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(svg(list(frames(s)), s), encoding="utf-8")
+    print(f"{path}: {path.stat().st_size / 1024:.0f} kB")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

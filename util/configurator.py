@@ -5,7 +5,7 @@ some of them; `--key=value` assigns one. Both are held to the same rules: the na
 misspelt one is refused with the nearest), and the value must be of the default's type, where an
 int may be written 1e3, a float may be written 1, and a bool true/false/1/0. Later wins.
 
-`command` around a script's main turns whatever goes wrong into one line and an exit code.
+`guarded` around a script's main turns whatever goes wrong into one line and an exit code.
 """
 
 import difflib
@@ -49,7 +49,7 @@ def explained(e):
     return f"{type(e).__name__}: {line} (--traceback=true shows where)", 1
 
 
-def command(main):
+def guarded(main):
     """Decorator of a script's main(argv): an error ends in one line, a Ctrl-C in exit code 130, a
     reader of the output who has gone, as in `| head`, without a word. --traceback=true raises."""
     @functools.wraps(main)
@@ -62,7 +62,7 @@ def command(main):
             if hasattr(stream, "reconfigure"):  # for characters that the terminal does not have
                 stream.reconfigure(errors="backslashreplace")
         try:
-            code = main(argv)
+            code = main(argv) or 0
             sys.stdout.flush()
             return code
         except KeyboardInterrupt:

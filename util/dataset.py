@@ -37,8 +37,7 @@ from urllib.request import urlopen
 
 import numpy as np
 
-from util.configurator import SettingsError
-from util.configurator import command as guarded
+from util.configurator import SettingsError, guarded
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARD_TOKENS = 100_000_000
