@@ -23,7 +23,7 @@ import torch
 from model import CascadeConfig, CascadeLM
 from util.configurator import SettingsError, first_line, public
 from util.dataset import identity
-from util.shard import like
+from util.shard import is_plain, load_whole
 
 FORMAT = 1
 FIELDS = {"config": dict, "settings": dict, "meta": dict, "model": dict, "optimizers": list,
@@ -119,7 +119,8 @@ def check_state(state, size):
     must(digest({k: v for k, v in state.items() if k != "digest"}) == state.get("digest"),
          "its digest does not match its contents")
     for name, kind in FIELDS.items():
-        must(type(state.get(name)) is kind, f"its {name} is missing or no {kind.__name__}")
+        must(isinstance(state.get(name), kind) and state[name] is not True,
+             f"its {name} is missing or no {kind.__name__}")
     figures = [*state["val"].values(), *state["final"].values(), (state["seconds"], 0.0)]
     must(all(math.isfinite(mean) and math.isfinite(error) for mean, error in figures)
          and 0 <= state["best_step"] <= state["step"] < 2**53 and not math.isnan(state["best"])
@@ -129,14 +130,12 @@ def check_state(state, size):
         value = getattr(c, f.name)
         must(type(value) is f.type and (f.type is not float or 0 < value < math.inf),
              f"its config's {f.name} makes no sense")
-    layers = {name.split(".")[1] for name in model if name.startswith("blocks.")}
-    must(len(layers) == c.n_layer and c.seq_len <= 2**20
-         and state["meta"].get("vocab_size") == c.vocab_size, "its config is not its tensors'")
-    with torch.device("meta"):  # shapes without memory
-        wanted = CascadeLM(c).state_dict()
-    same = {name: like(x, wanted[name]) for name, x in model.items() if name in wanted}
-    must(all(same.values()) and model.keys() == wanted.keys() == same.keys(),
-         "its tensors do not fit its own config")
+    must(all(map(is_plain, model.values())), "its weights are no float32 tensors")
+    C, numbers = c.n_embd, sum(x.numel() for x in model.values())
+    local = c.local_hidden * (4 + c.local_window) // 4 if c.local_window else 0
+    must(max(c.n_layer * max(C, c.n_hidden), c.vocab_size, local) * C <= numbers
+         and c.seq_len <= 2**20, "its config is larger than its tensors")
+    must(state["meta"].get("vocab_size") == c.vocab_size, "its vocabulary is not its config's")
     must(all_finite([model, state["optimizers"]]), "not all of its numbers are finite")
 
 
@@ -166,7 +165,7 @@ def load_model(where, device="cpu"):
     """(model in evaluation mode, state) of an out_dir or a checkpoint file."""
     state = load_checkpoint(find_checkpoint(where))
     model = CascadeLM(CascadeConfig(**state["config"]))
-    model.load_state_dict(state["model"])
+    load_whole(model, [], {**state, "optimizers": []})
     return model.to(device).eval(), state
 
 
@@ -230,7 +229,8 @@ def check_out_dir(s):
     try:
         path.mkdir(parents=True, exist_ok=True)
         for name in (*halves, *(path / name for name in (*WRITTEN, "lock", "wandb", "wandb/id"))):
-            if name.is_symlink() or (name.exists() and name.is_file() == (name.name == "wandb")):
+            right = Path.is_dir if name.name == "wandb" else Path.is_file
+            if name.is_symlink() or (name.exists() and not right(name)):
                 raise SettingsError(f"{name} is a link or no file: remove it, or set --out_dir")
         claim = lock(path)
         for half in halves:

@@ -49,10 +49,9 @@ def gathered(value, keep):
     return value
 
 
-def like(x, wanted):
-    """Whether x is a plain tensor of the shape and dtype of `wanted`."""
-    return (isinstance(x, torch.Tensor) and x.layout == torch.strided
-            and (x.shape, x.dtype) == (wanted.shape, wanted.dtype))
+def is_plain(x):
+    """Whether x is a float32 tensor in rows and columns: what the weights and their moments are."""
+    return isinstance(x, torch.Tensor) and (x.dtype, x.layout) == (torch.float32, torch.strided)
 
 
 def load_whole(model, optimizers, state):
@@ -61,22 +60,23 @@ def load_whole(model, optimizers, state):
     Of the optimizers only the moments: the rest follows from the settings. SettingsError where they
     do not fit the weights: a fused step would not notice, and run over the memory.
     """
-    own, count = model.state_dict(), torch.zeros(())
-    model.load_state_dict({k: slice_like(v, own[k]) for k, v in state["model"].items()})
+    own, what = model.state_dict(), "weights"
     try:
+        model.load_state_dict({k: slice_like(v, own[k]) for k, v in state["model"].items()})
+        what = "optimizer state"
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             params, slices = [p for g in optimizer.param_groups for p in g["params"]], {}
             for i, tensors in saved["state"].items():
                 p = dict(enumerate(params))[i]
-                wanted = ({"momentum": p} if "momentum" in optimizer.defaults else
-                          {"step": count, "exp_avg": p, "exp_avg_sq": p})
-                if tensors.keys() != wanted.keys() or tensors.get("step", 0) < 0 or not all(
-                    like(v, wanted[k]) for k, v in tensors.items()
-                ):
+                shapes = {"momentum": p.shape} if "momentum" in optimizer.defaults else {
+                    "step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                if {k: v.shape for k, v in tensors.items()} != shapes or not all(
+                    map(is_plain, tensors.values())
+                ) or tensors.get("step", 0) < 0:
                     raise ValueError
                 slices[i] = {k: slice_like(v, p) if v.ndim else v for k, v in tensors.items()}
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"param_groups": groups, "state": slices})
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-        raise SettingsError("the optimizer state of this checkpoint does not fit its weights: it "
-                            "can be sampled from, not resumed; start again from scratch") from None
+        raise SettingsError(f"the {what} of this checkpoint do not fit its config: use another, or "
+                            "start again from scratch") from None
