@@ -109,7 +109,7 @@ DEFAULTS = public(dict(globals()))
 CHOICES = {
     "noise": tuple(SCHEDULES), "weighting": WEIGHTINGS, "corruption": ("all", "target"),
     "joint_target": ("text", "gpt"), "copies": (1, 2), "init_from": ("scratch", "resume"),
-    "optimizer": ("muon", "adamw"),
+    "optimizer": ("muon", "adamw"), "attention": ("auto", "chunk", "flex"),
 }
 AT_LEAST = {1: "batch_size log_every eval_every eval_windows final_windows",
             0: "micro_batch sample_tokens learning_rate muon_lr weight_decay grad_clip final_lr "
@@ -120,8 +120,8 @@ RANGES |= {"beta1": (0, 1 - 1e-9), "beta2": (0, 1 - 1e-9), "seed": (0, 2**63 - 1
 
 def resolve(s, processes):
     """Settle what `s` leaves open, refuse what cannot work; returns lines that say what and why."""
-    lines = choose_machine(s, processes.local_rank, processes.world)
     check_settings(s, CHOICES, RANGES)
+    lines = choose_machine(s, processes.local_rank, processes.world)
     rates(s).check()
     if not s.max_steps and not s.max_minutes:
         raise SettingsError("set --max_steps or --max_minutes: an endless run has no schedule")

@@ -310,6 +310,7 @@ MISTAKES = (
     (train, [NEW, "--device=tpu"], "not on this machine"),
     (train, [NEW, "--optimizer=sgd"], "muon, adamw"),
     (train, [NEW, "--attention=flex"], "needs CUDA"),
+    (train, [NEW, "--attention=all"], "--attention must be one of"),
     (train, [NEW, "--dtype=float8"], "--dtype must be"),
     (train, [NEW, "--seq_len=4000"], "fewer than a sequence"),
     (train, [NEW, "--m_min=0"], "mask rates"),
@@ -321,25 +322,17 @@ MISTAKES = (
     (train, [NEW, "--learning_rate=1e30", "--optimizer=adamw", "--max_steps=9", "--warmup_steps=0",
              "--grad_clip=0"], "not finite"),
     (train, [NEW, "--n_embd=20000000000", "--local_window=0"], ""),
-    (sample, ["--out_dir={folder}/nowhere"], "no checkpoint"),
     (sample, ["--out_dir={folder}/" + "x" * 300], "no checkpoint"),
     (sample, ["--out_dir=\x1b[2J\n"], "no checkpoint in \\x1b[2J\\n"),
-    (sample, ["--out_dir={folder}/out", "--prompt=xyz"], "'xyz'"),
     (sample, ["--out_dir={folder}/out", "--seed=9223372036854775808"], "--seed must be"),
-    (sample, ["--out_dir={folder}/out", "--delay=-1"], "--delay must be"),
     (sample, ["--out_dir={folder}/out", "--delay=inf"], "--delay must be"),
-    (sample, ["--out_dir={folder}/out", "--num_samples=0"], "--num_samples must be"),
     (evaluation, ["--out_dir={folder}/out", "--seed=-1"], "--seed must be"),
-    (evaluation, ["--out_dir={folder}/out", "--rows=random:0"], "random"),
-    (evaluation, ["--out_dir={folder}/out", "--csv={folder}", "--windows=2"], "cannot be written"),
     (evaluation, ["--out_dir={folder}/out", "--csv={folder}/cut.csv", "--windows=2"], "columns"),
-    (bench, ["decode", "--batches=8:0"], ""), (bench, ["memory", "--lengths=8:0"], ""),
-    (bench, ["decode", "--out_dir={folder}/out", "--ar_dir={folder}/out"], "not autoregressive"),
-    (bench, ["walk"], "say what to measure"),
+    (bench, ["memory", "--lengths=8:0"], "--lengths must be"),
 )
 
 
-def test_mistakes():
+def test_run_mistakes():
     """A user's mistake ends in one line with the remedy, exit code 1 or 2, no traceback; a whole
     one for those who ask."""
     with trained() as folder:
@@ -387,26 +380,6 @@ def test_streams():
         assert process.wait() in (-signal.SIGINT, 130), process.returncode
         assert "Traceback" not in "".join(lines) and len(lines) > 20, lines[-5:]
     return "decoded in ASCII; nothing, one line, nothing; ended by the signal"
-
-
-def test_commands_of_the_readme():
-    """The README's commands, made tiny: prepare by itself, train, resume, sample."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder, "data")  # as in a fresh clone: the raw text is there, nothing else
-        out, env = f"--out_dir={folder}/out", {"CASCADE_DATA": str(root)}
-        code, said, err = command("train.py", "config/smoke.py", out, env=env)
-        assert code == 0, err
-        assert "is not prepared yet" in said and (root / "shakespeare" / "meta.json").exists(), said
-        for part in ("<= ", "+-", "bits/byte", "sample, unedited", "| gpt ", "| bound ",
-                     f"checkpoint: {folder}/out/last.pt", f"python sample.py {out}"):
-            assert part in said, f"{part!r} is missing in: {said}"
-        code, said, err = command("train.py", "config/smoke.py", out, "--init_from=resume",
-                                  "--max_steps=33", "--sample_tokens=0", env=env)
-        assert code == 0 and "after 33 steps" in said, err + said
-        code, said, err = command("sample.py", out, "--prompt=KING.", "--max_new_tokens=30",
-                                  env=env)
-        assert code == 0 and said.startswith("KING.") and len(said) == 5 + 30 + 1, (said, err)
-    return "train (which prepares the data), resume, sample"
 
 
 # ---- runs: what is replaced, saved and refused ---------------------------------------------------
@@ -480,6 +453,26 @@ def test_overwrite():
                             "holds a run already", "overwrite")
             (path.parent / name).unlink()
     return "4 failures left the old run as it was; links, folders and pipes refused"
+
+
+def test_tables():
+    """eval.py --csv goes on behind a last line without its end; a chart of nothing but zeros."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "new/table.csv")
+        for _ in range(3):
+            evaluation.append_csv(path, [{"a": 1, "b": 0.5, "list": [1]}])
+            path.write_text(path.read_text().rstrip("\n"))
+        assert path.read_text() == "a,b\n1,0.5\n1,0.5\n1,0.5", path.read_text()
+        path.write_text("a,b")
+        evaluation.append_csv(path, [{"a": 1, "b": 2}])
+        assert path.read_text() == "a,b\n1,2\n", path.read_text()
+        for content in (b"\xff\xfe", b"a,c\n", b"\0"):
+            path.write_bytes(content)
+            refuses(lambda: evaluation.append_csv(path, [{"a": 1, "b": 2}]), "another file")
+            assert path.read_bytes() == content
+    lines = evaluation.chart(torch.zeros(4), torch.ones(4)).splitlines()
+    assert len(lines) == 5 and not any("#" in line for line in lines), lines
+    return "3 rows, each on its line"
 
 
 class Deaf(io.StringIO):
@@ -907,49 +900,6 @@ def faults_kills():
     return f"{len(kills)} kills, {torn} left a torn file; 0 steps lost, 0 bits of difference"
 
 
-@contextlib.contextmanager
-def mounted(path, options):
-    """A tmpfs of its own; Skip where mounting is not allowed."""
-    path.mkdir()
-    run = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", path],
-                         capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise Skip(f"cannot mount a tmpfs here: {run.stderr.strip()[:80]}")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "--lazy", path], check=True)  # a failed run holds files
-
-
-def faults_full_disk():
-    """A file system that fills up in the middle of a run: the checkpoint stands, and is resumed."""
-    with data_folder() as folder:
-        s = {"max_steps": 8, "eval_every": 2}
-        whole, _ = train_tiny(folder, **s, out_dir=f"{folder}/a")
-        size = Path(folder, "a/last.pt").stat().st_size
-        with mounted(folder / "small", f"size={size * 5 // 2}") as out:  # last and best, no third
-            argv = arguments(tiny_settings(folder, **s, out_dir=out / "run"))
-            refuses_command(train, argv, "free some space")
-            step = checkpoint.load_checkpoint(out / "run/last.pt")["step"]
-            assert step == 2 and not list(out.glob("run/*.tmp")), step
-            subprocess.run(["mount", "-o", f"remount,size={size * 9}", out], check=True)
-            rest, _ = train_tiny(folder, **s, out_dir=out / "run", init_from="resume")
-        assert (weights(whole) == weights(rest)).all()
-    return f"full at the save of step 4, resumed from step {step}, 0 bits of difference"
-
-
-def faults_read_only():
-    """An out_dir that cannot be written or made, whoever asks: one line."""
-    with data_folder() as folder:
-        argv = arguments(tiny_settings(folder, max_steps=1))
-        for path in (f"{folder}/meta.json/run", "/proc/run", "/sys/kernel"):
-            refuses_command(train, [*argv, f"--out_dir={path}"], "cannot write to")
-        with mounted(folder / "fixed", "ro") as out:
-            for path in (out, out / "run"):
-                refuses_command(train, [*argv, f"--out_dir={path}"], "Read-only file system")
-    return "5 refused, one line each"
-
-
 def faults_lost_process():
     """One of two processes is killed: the other ends by itself with one line; then resumed."""
     waited = []
@@ -971,23 +921,6 @@ def faults_lost_process():
             rest, _ = train_tiny(folder, **s, **out, init_from="resume")
             within(diff(weights(whole), weights(rest)), 1e-4, "weights max|diff|")
     return within(max(waited), 30, "seconds until the other has ended")
-
-
-def faults_two_runs():
-    """A second run beside a living one is refused; when that is killed, its folder is free."""
-    with data_folder() as folder:
-        s = {"max_steps": 100_000, "eval_every": 5, "log_every": 1, "out_dir": f"{folder}/out"}
-        process = start(folder, f"{folder}/said", **s)
-        wait_for_steps(process, f"{folder}/said", 7)
-        for how in ("--overwrite=true", "--init_from=resume"):
-            argv = arguments(tiny_settings(folder, **s))
-            refuses_command(train, [*argv, how], f"another run (process {process.pid})")
-        process.kill()
-        ended(process, f"{folder}/said")
-        step = checkpoint.load_checkpoint(f"{folder}/out/last.pt")["step"]
-        run, _ = train_tiny(folder, **{**s, "max_steps": step + 5}, init_from="resume")
-        assert run.step == step + 5
-    return f"refused with the pid; resumed from step {step} after SIGKILL"
 
 
 def faults_torchrun():

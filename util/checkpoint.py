@@ -119,7 +119,7 @@ def check_state(state, size):
     must(digest({k: v for k, v in state.items() if k != "digest"}) == state.get("digest"),
          "its digest does not match its contents")
     for name, kind in FIELDS.items():
-        must(isinstance(state.get(name), kind) and state[name] is not True,
+        must(isinstance(state.get(name), kind) and type(state[name]) is not bool,
              f"its {name} is missing or no {kind.__name__}")
     figures = [*state["val"].values(), *state["final"].values(), (state["seconds"], 0.0)]
     must(all(math.isfinite(mean) and math.isfinite(error) for mean, error in figures)
