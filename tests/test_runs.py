@@ -139,10 +139,15 @@ def test_checkpoint_round_trip():
         x0 = tokens_for(net)
         assert other.config == net.config and (other(x0) == net(x0)).all()
         assert loaded["val"] == {"bound": (1.5, 0.25)} and not list(Path(folder).glob("*.tmp"))
-        checkpoint.save_checkpoint(path, {**state, "step": 4}, Path(folder, "best.pt"))
+        order = []
+        with mock.patch.object(os, "replace", lambda old, new: order.append((old.name, new.name))):
+            checkpoint.save_checkpoint(path, state, Path(folder, "best.pt"),
+                                       before=lambda: order.append("log"))
+        assert order == ["log", *((f"{n}.tmp", n) for n in ("best.pt", "last.pt"))], order
+        checkpoint.save_checkpoint(path, state, Path(folder, "best.pt"))
         assert checkpoint.find_checkpoint(folder).name == "best.pt"
-    one = {"a": torch.ones(2), "o": [{"m": torch.zeros(2)}], "s": {"lr": 1}}
-    others = [{**one, "a": torch.ones(2).int()}, {**one, "a": torch.ones(2, 1)}, {**one, "s": {}},
+    one = {"a": torch.zeros(2), "o": [{"m": torch.zeros(2)}], "s": {"lr": 1}}
+    others = [{**one, "a": one["a"].int()}, {**one, "a": one["a"][None]}, {**one, "s": {}},
               {**one, "o": [{"m": torch.ones(2)}]}, {**one, "o": []}, {**one, "s": {"lr": 1.0}},
               {**one, "s": {"lR": 1}}, {"b": one["a"], "o": one["o"], "s": one["s"]}]
     seen = {checkpoint.digest(x) for x in (one, *others)}
@@ -220,12 +225,13 @@ BAD_STATES = {
     "not all of": put("model", "norm.weight", lambda w: w * math.nan),
     "larger than": put("config", "n_layer", 10**7), "config is la": put("config", "seq_len", 2**42),
     "its config is larger": put("config", "n_embd", 2 * 10**8),
-    "fit its config": put("config", "local_window", 12), "n_layer": put("config", "n_layer", 2.0),
+    "not fit its weights": put("config", "local_window", 12),
+    "n_layer": put("config", "n_layer", 2.0),
     "rope_base": put("config", "rope_base", math.nan), "norm_eps": put("config", "norm_eps", 0.0),
     "float32": put("model", "norm.weight", lambda w: w.double()),
-    "do not fit": put("model", "norm.weight", lambda w: w[:-1].clone()),
+    "does not fit": put("model", "norm.weight", lambda w: w[:-1].clone()),
     "not fit": put("model", lambda m: {k: v for k, v in m.items() if k != "norm.weight"}),
-    "not fit its config": put("model", "more", torch.ones(1)),
+    "config does": put("model", "more", torch.ones(1)),
     "more than its size": put("model", "norm.weight", torch.ones(1).expand(10**6, 10**6)),
     "unfolds": put("final", {"x": laughs()}), "best_step": put("best_step", True),
     "no sense": put("step", -1), "step": put("step", "3"), "figures": put("best", math.nan),

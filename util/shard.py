@@ -78,5 +78,5 @@ def load_whole(model, optimizers, state):
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"param_groups": groups, "state": slices})
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-        raise SettingsError(f"the {what} of this checkpoint do not fit its config: use another, or "
+        raise SettingsError(f"this checkpoint's config does not fit its {what}: use another, or "
                             "start again from scratch") from None
