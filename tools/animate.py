@@ -11,7 +11,8 @@ from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 
-from configurator import SettingsError, guarded, override
+from configurator import SettingsError, fail, override
+from dataset import DataError
 
 import sample
 
@@ -80,16 +81,18 @@ def svg(pictures, s):
     return "\n".join([*out, "</svg>\n"])
 
 
-@guarded
 def main(argv):
-    s = SimpleNamespace(**override(SETTINGS, argv))
-    if min(s.columns, s.frame_ms, s.hold_ms) < 1:
-        raise SettingsError("columns, frame_ms and hold_ms must be at least 1")
-    path = Path(s.svg)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(svg(list(frames(s)), s), encoding="utf-8")
-    print(f"{path}: {path.stat().st_size / 1024:.0f} kB")
+    try:
+        s = SimpleNamespace(**override(SETTINGS, argv))
+        if min(s.columns, s.frame_ms, s.hold_ms) < 1:
+            raise SettingsError("columns, frame_ms and hold_ms must be at least 1")
+        path = Path(s.svg)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(svg(list(frames(s)), s), encoding="utf-8")
+        print(f"{path}: {path.stat().st_size / 1024:.0f} kB")
+    except (SettingsError, DataError, ValueError, OSError) as e:
+        fail(e)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

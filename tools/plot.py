@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from configurator import SettingsError, guarded, override, public
+from configurator import SettingsError, fail, override, public
 
 # ---- settings ----------------------------------------------------------------------------------
 likelihood = "results/likelihood.csv"  # empty: do not draw it
@@ -141,21 +141,24 @@ DRAW = {
 }
 
 
-@guarded
 def main(argv):
-    s = SimpleNamespace(**override(DEFAULTS, argv))
-    for name, (draw, names, numbers) in DRAW.items():
-        if not getattr(s, name):
-            continue
-        rows = read_table(getattr(s, name), numbers, names)
-        path = Path(s.out_dir) / f"{name}.svg"
-        figure = draw(pyplot(), rows)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, metadata={"Date": None})
-        except OSError as e:
-            raise SettingsError(f"cannot write {path} ({e.strerror}): set --out_dir") from None
-        print(path)
+    try:
+        s = SimpleNamespace(**override(DEFAULTS, argv))
+        for name, (draw, names, numbers) in DRAW.items():
+            if not getattr(s, name):
+                continue
+            rows = read_table(getattr(s, name), numbers, names)
+            path = Path(s.out_dir) / f"{name}.svg"
+            figure = draw(pyplot(), rows)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                figure.savefig(path, metadata={"Date": None})
+            except OSError as e:
+                raise SettingsError(f"cannot write {path} ({e.strerror}): set --out_dir") from None
+            print(path)
+    except SettingsError as e:
+        fail(e)
+    return 0
 
 
 if __name__ == "__main__":
