@@ -51,8 +51,8 @@ def mutated(state, r):
         new = [None, -1, 0, 1.5, math.nan, math.inf, "x\x1b[2J", [], {}, True, 2**70, (1, 2),
                torch.ones(3), {"x": where}]
         if isinstance(old, torch.Tensor):
-            new += [old.double(), old.flatten(), old.flatten()[:1].clone(), old * math.inf, old.bool(),
-                    old.mT if old.ndim > 1 else old, torch.ones(1).expand(10**4, 10**5),
+            new += [old.double(), old.flatten(), old.flatten()[:1].clone(), old * math.inf,
+                    old.mT if old.ndim > 1 else old.bool(), torch.ones(1).expand(10**4, 10**5),
                     old.to_sparse()]
         elif isinstance(old, (int, float)):
             new += [old + 1, -old, old * 10**6, float(old)] * 2
