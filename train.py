@@ -425,7 +425,8 @@ def finish(run, stopped):
     """The terms with their standard errors, a sample, where things lie and what to try next; of a
     run that was `stopped`, how to go on. The weights are saved before anything else."""
     s, val = run.s, run.data.split("val")
-    run.save()
+    if run.step > run.saved:
+        run.save()
     if not stopped:
         run.val, run.final = run.evaluate(s.eval_windows), run.evaluate(s.final_windows)
         run.log.validated(run.step, run.val)

@@ -527,6 +527,9 @@ def test_stops():
         with mock.patch.object(train, "generate_stream", fails(RuntimeError("a bug"))):
             assert call_main(train, [*argv, "--sample_tokens=4"])[0] == 1
         assert checkpoint.load_checkpoint(last)["final"] == whole.final
+        with mock.patch.object(train.Run, "evaluate", fails(KeyboardInterrupt())):
+            assert call_main(train, [*argv, "--init_from=resume"])[0] == 130
+        assert checkpoint.load_checkpoint(last)["final"] == whole.final
         with mock.patch.dict(signal.__dict__):  # as nohup has it
             before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
             with machine.Stop() as stop:
