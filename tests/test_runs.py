@@ -530,11 +530,10 @@ def test_stops():
         with mock.patch.object(train.Run, "evaluate", fails(KeyboardInterrupt())):
             assert call_main(train, [*argv, "--init_from=resume"])[0] == 130
         assert checkpoint.load_checkpoint(last)["final"] == whole.final
-        with mock.patch.dict(signal.__dict__):  # as nohup has it
-            before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-            with machine.Stop() as stop:
-                os.kill(os.getpid(), signal.SIGHUP)
-            signal.signal(signal.SIGHUP, before)
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+        with machine.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        signal.signal(signal.SIGHUP, before)
         assert stop.asked == 0
     return "exit codes 130, 143, 129, 130; saved at the step, and before the last evaluation"
 
@@ -753,26 +752,33 @@ def test_log():
 
 def test_wandb():
     """--wandb=true: the same numbers go to wandb; without the package, how to install it."""
+    logged, fake = [], ModuleType("wandb")
+    fake.Error = type("Error", (Exception,), {})
+    fake.init = lambda **k: logged.append(k["id"]) or SimpleNamespace(
+        id="abc", log=lambda values, step: logged.append((step, sorted(values))),
+        finish=lambda: logged.append("finish"))
     with data_folder() as folder:
         s = {"max_steps": 4, "log_every": 2, "eval_every": 2, "wandb": True}
-        with mock.patch.dict(sys.modules, wandb=None):
+        with importing_wandb(None):
             refuses(lambda: train_tiny(folder, **s), "pip install wandb")
-        logged, fake = [], ModuleType("wandb")
-        fake.Error = type("Error", (Exception,), {})
-        fake.init = lambda **k: logged.append(k) or SimpleNamespace(
-            id="abc", log=lambda values, step: logged.append((step, sorted(values))),
-            finish=lambda: logged.append("finish"),
-        )
-        with mock.patch.dict(sys.modules, wandb=fake):
+        with importing_wandb(fake):
             train_tiny(folder, **s)
             train_tiny(folder, **{**s, "max_steps": 6}, init_from="resume")
-        report = sorted(("bound", "gpt", "joint", "lr", "seconds", "tokens_per_second"))
-        steps = [x for x in logged if isinstance(x, tuple)]
-        assert steps == [(n, x) for n in (2, 4, 6) for x in (report, sorted(log.VAL))], steps
-        ids = [x["id"] for x in logged if isinstance(x, dict)]
-        assert ids == [None, "abc"] and logged.count("finish") == 2, logged
-        assert logged[0]["config"]["wandb"] is True and logged[0]["config"]["max_steps"] == 4
+    report = sorted(("bound", "gpt", "joint", "lr", "seconds", "tokens_per_second"))
+    rows = [[(n, x) for x in (report, sorted(log.VAL))] for n in (2, 4, 6)]
+    assert logged == [None, *rows[0], *rows[1], "finish", "abc", *rows[2], "finish"], logged
     return "a stand-in got every row, and the run's name when it was resumed"
+
+
+@contextlib.contextmanager
+def importing_wandb(module):
+    """`import wandb` finds this module or, None, fails as where it is not installed."""
+    before, sys.modules["wandb"] = sys.modules.get("wandb"), module
+    try:
+        yield
+    finally:
+        sys.modules.pop("wandb")
+        sys.modules.update({"wandb": before} if before else {})
 
 
 def test_sharded():
@@ -855,12 +861,10 @@ def test_lock():
         argv, out = arguments(tiny_settings(folder, max_steps=2)), folder / "out"
         out.mkdir()
         with checkpoint.lock(out):
-            for how in ("--overwrite=true", "--overwrite=false"):
-                refuses_command(train, [*argv, how], f"another run (process {os.getpid()})")
-                assert not (out / "log.csv").exists()
+            refuses_command(train, argv, f"another run (process {os.getpid()})")
+            assert not (out / "log.csv").exists()
         (out / "lock").write_text("99999")
-        code, _, line = call_main(train, argv)
-        assert code == 0 and (out / "last.pt").exists(), line
+        assert call_main(train, argv)[0] == 0 and (out / "last.pt").exists()
     return "refused while held, with the holder's id; not by a file left behind"
 
 

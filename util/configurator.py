@@ -79,10 +79,10 @@ def guarded(main):
     return wrapped
 
 
-def _hook(kind, error, trace):
+def _hook(kind, error, trace, before=sys.excepthook):
     """Ctrl-C while the modules load: no traceback, and Python ends by the signal."""
     if kind is not KeyboardInterrupt:
-        sys.__excepthook__(kind, error, trace)
+        before(kind, error, trace)
 
 
 sys.excepthook = _hook
