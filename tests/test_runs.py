@@ -494,7 +494,7 @@ class Deaf(io.StringIO):
         return super().write(text)
 
 
-def test_stops():
+def test_signals_save():
     """SIGINT, SIGTERM, SIGHUP, a closed and a full standard output end a run as it is saved, with
     the signal's exit code; in the last step too; what was trained is saved before it is judged."""
     with data_folder() as folder:
