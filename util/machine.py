@@ -207,9 +207,9 @@ class Processes:
         It is heard through torchrun's store; without that, or without a word from it within a few
         seconds, every process speaks for itself.
         """
-        if self.world > 1 and not isinstance(error, SettingsError) and (
-            isinstance(error, dist.DistError)
-            or any(w in str(error) for w in ("gloo", "NCCL", "Connection", "Broken pipe"))
+        words = ("gloo", "NCCL", "Connection", "Broken pipe")
+        if self.world > 1 and isinstance(error, RuntimeError) and (
+            isinstance(error, dist.DistError) or any(w in str(error) for w in words)
         ):
             error = SettingsError(f"another process of this run is gone ({first_line(error)}): "
                                   "start it again, with --init_from=resume if it has saved")
