@@ -539,7 +539,8 @@ class Arguments(argparse.ArgumentParser):
 
 def run(main):
     """Call a script's main(); a user's mistake ends it in one line, Ctrl-C in exit code 130."""
-    sys.exit(guarded(lambda argv: main())(sys.argv))
+    if code := guarded(lambda argv: main())(sys.argv):
+        sys.exit(code)
 
 
 def report(folder, meta):
