@@ -191,11 +191,9 @@ def lock(path):
     file = open(path / "lock", "a+")
     try:
         import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
         print(f"note: no file locks here; let no second run write to {path}", file=sys.stderr)
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "not known"
@@ -245,11 +243,8 @@ def check_same(s, config, meta, state):
     """Resuming: settings and data that change the numbers must be those of the checkpoint. Returns
     what of the data is another, if that was insisted on."""
     saved, before, now = state["settings"], identity(state["meta"]), identity(meta)
-    changed = [
-        f"{k}: {saved.get(k)!r} -> {v!r}"
-        for k, v in vars(s).items()
-        if k not in HARMLESS and saved.get(k) != v
-    ]
+    changed = [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in vars(s).items()
+               if k not in HARMLESS and saved.get(k) != v]
     if changed:
         raise SettingsError(f"cannot resume with other settings ({'; '.join(changed)})")
     other = [part for part in now if before.get(part) != now[part]]
