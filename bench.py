@@ -24,6 +24,9 @@ import traceback
 from json import dumps
 from types import SimpleNamespace
 
+from util.configurator import SettingsError, guarded, override
+
+# isort: split
 import torch
 
 import eval as evaluation
@@ -32,8 +35,7 @@ import train
 from model import chunked_attention, flex_block_mask, flex_stream_attention, stream_parts
 from sample import generate_stream
 from util.checkpoint import load_model
-from util.configurator import SettingsError, fail, override
-from util.dataset import DataError, data_root, load_dataset
+from util.dataset import data_root, load_dataset
 from util.machine import (
     Processes,
     autocast,
@@ -413,38 +415,34 @@ def bench_gpu(s):
 COMMANDS = {"train": TRAIN, "memory": MEMORY, "decode": DECODE, "gpu": GPU}
 
 
+@guarded
 def main(argv):
-    try:
-        if not argv or argv[0] not in COMMANDS:
-            raise SettingsError(f"say what to measure: python bench.py {' | '.join(COMMANDS)}")
-        command, argv = argv[0], argv[1:]
-        s = SimpleNamespace(**override(COMMANDS[command], argv))
-        if command == "decode":
-            s.device = choose_device(s.device)
-            lines = [f"device     {s.device}",
-                     f"dtype      {choose_dtype(s, s.device, small=True)}: {s.dtype}"]
-        else:
-            lines = choose_machine(s)
-            s.compile = str(s.compile).lower()
-        if command == "gpu" and not s.device.startswith("cuda"):
-            raise SettingsError("no CUDA device here for bench.py gpu: use train or decode")
-        if min(getattr(s, name, 1) for name in ("rounds", "steps", "tokens", "windows")) < 1:
-            raise SettingsError("rounds, steps, tokens and windows must be at least 1")
-        if not s.json:
-            print("\n".join(lines) + f"\nthreads    {torch.get_num_threads()}", flush=True)
-        if command == "memory":
-            table = bench_memory(s, argv)
-        else:
-            table = {"train": bench_train, "decode": bench_decode, "gpu": bench_gpu}[command](s)
-        if s.json:
-            print(dumps({"settings": vars(s), "rows": table}))
-        elif command == "train":
-            print_train(s, table)
-    except torch.OutOfMemoryError:
-        fail("out of GPU memory: lower --batch_size")
-    except (SettingsError, DataError, ValueError) as e:
-        fail(e)
+    if not argv or argv[0] not in COMMANDS:
+        raise SettingsError(f"say what to measure: python bench.py {' | '.join(COMMANDS)}")
+    command, argv = argv[0], argv[1:]
+    s = SimpleNamespace(**override(COMMANDS[command], argv))
+    if command == "decode":
+        s.device = choose_device(s.device)
+        lines = [f"device     {s.device}",
+                 f"dtype      {choose_dtype(s, s.device, small=True)}: {s.dtype}"]
+    else:
+        lines = choose_machine(s)
+        s.compile = str(s.compile).lower()
+    if command == "gpu" and not s.device.startswith("cuda"):
+        raise SettingsError("no CUDA device here for bench.py gpu: use train or decode")
+    if min(getattr(s, name, 1) for name in ("rounds", "steps", "tokens", "windows")) < 1:
+        raise SettingsError("rounds, steps, tokens and windows must be at least 1")
+    if not s.json:
+        print("\n".join(lines) + f"\nthreads    {torch.get_num_threads()}", flush=True)
+    if command == "memory":
+        table = bench_memory(s, argv)
+    else:
+        table = {"train": bench_train, "decode": bench_decode, "gpu": bench_gpu}[command](s)
+    if s.json:
+        print(dumps({"settings": vars(s), "rows": table}))
+    elif command == "train":
+        print_train(s, table)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

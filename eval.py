@@ -30,6 +30,9 @@ from json import dumps
 from pathlib import Path
 from types import SimpleNamespace
 
+from util.configurator import SettingsError, check_settings, guarded, override, public
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -38,7 +41,6 @@ from corrupt import corrupt_all_blocks, head_nll
 from model import left_tokens
 from sample import RULES, View, generate_stream
 from util.checkpoint import find_checkpoint, load_model
-from util.configurator import SettingsError, check_settings, fail, override, public
 from util.dataset import DataError, Tokenizer, load_dataset
 from util.display import Progress
 from util.judge import check_vocabulary, judged, load_judge, repetition, token_entropy
@@ -69,7 +71,7 @@ device = "auto"
 # -------------------------------------------------------------------------------------------------
 DEFAULTS = public(dict(globals()))
 RANGES = {
-    **dict.fromkeys(("windows", "sample_tokens", "ngram"), (0, math.inf)),
+    **dict.fromkeys(("windows", "sample_tokens", "ngram"), (0, math.inf)), "seed": (0, 2**63 - 1),
     **dict.fromkeys(("rule_windows", "batch", "exact_windows", "num_samples"), (1, math.inf)),
 }
 
@@ -504,10 +506,11 @@ def chart(total, count, most=16):
     edges = [S * i // min(S, most) for i in range(min(S, most) + 1)]
     ranges = [(a, b) for a, b in zip(edges, edges[1:], strict=False) if count[a:b].sum()]
     means = [(total[a:b].sum() / count[a:b].sum()).item() for a, b in ranges]
+    longest = max(means) or 1.0
     lines = [f"nats per masked token when k of {S} are masked; their mean is the bound"]
     for (a, b), mean in zip(ranges, means, strict=True):
         label = f"{b}" if b == a + 1 else f"{a + 1}-{b}"
-        lines.append(f"{label:>9s}  {mean:.3f}  " + "#" * round(50 * mean / max(means)))
+        lines.append(f"{label:>9s}  {mean:.3f}  " + "#" * round(50 * mean / longest))
     return "\n".join(lines)
 
 
@@ -561,9 +564,12 @@ def append_csv(path, table):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+", newline="", encoding="utf-8") as f:
             f.seek(0)
-            head = f.readline().rstrip("\r\n")
+            text = f.read()
+            head = text.partition("\n")[0].rstrip("\r")
             if head not in ("", ",".join(columns)):
                 raise SettingsError(f"--csv={path} has other columns: give another file")
+            if head and not text.endswith("\n"):  # an editor's habit
+                f.write("\n")
             writer = DictWriter(f, columns, extrasaction="ignore", lineterminator="\n")
             if not head:
                 writer.writeheader()
@@ -584,26 +590,21 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@guarded
 def main(argv):
-    try:
-        s = SimpleNamespace(**override(DEFAULTS, argv))
-        check_settings(s, {}, RANGES)
-        asked = [job for job in ("drafts", "exact", "samples") if getattr(s, job)]
-        if len(asked) > 1:
-            raise SettingsError(f"one at a time: --{' or --'.join(asked)}")
-        job = (asked or ["likelihood"])[0]
-        evaluation = Evaluation(s)
-        table = getattr(evaluation, job)()
-        if s.json:
-            found = {"job": job, "settings": vars(s), "run": evaluation.run, "rows": table}
-            print(dumps(plain(found)))
-        if s.csv:
-            append_csv(s.csv, [evaluation.run | row for row in table])
-    except (SettingsError, DataError, ValueError) as e:
-        fail(e)
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    s = SimpleNamespace(**override(DEFAULTS, argv))
+    check_settings(s, {}, RANGES)
+    asked = [job for job in ("drafts", "exact", "samples") if getattr(s, job)]
+    if len(asked) > 1:
+        raise SettingsError(f"one at a time: --{' or --'.join(asked)}")
+    job = (asked or ["likelihood"])[0]
+    evaluation = Evaluation(s)
+    table = getattr(evaluation, job)()
+    if s.json:
+        found = {"job": job, "settings": vars(s), "run": evaluation.run, "rows": table}
+        print(dumps(plain(found)))
+    if s.csv:
+        append_csv(s.csv, [evaluation.run | row for row in table])
 
 
 if __name__ == "__main__":

@@ -28,13 +28,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+from util.configurator import SettingsError, check_settings, guarded, override, public
+
+# isort: split
 import torch
 import torch.nn.functional as F
 
 from model import build_block_causal_mask, wanted_dtype
 from util.checkpoint import load_model
-from util.configurator import SettingsError, fail, override, public
-from util.dataset import DataError, Tokenizer
+from util.dataset import Tokenizer
 from util.display import Display, printable
 from util.machine import autocast, choose_device, choose_dtype
 
@@ -644,14 +646,15 @@ def options(s, tokenizer):
     }
 
 
-def command(argv):
-    """Run the command; its exit code."""
+RANGES = {"num_samples": (1, 10**6), "delay": (0, 3600), "seed": (0, 2**63 - 1)}
+
+
+@guarded
+def main(argv):
     s = SimpleNamespace(**override(DEFAULTS, argv))
+    check_settings(s, {}, RANGES)
     model, tokenizer = load(s)
     ids = tokenizer.encode(read_prompt(s.prompt))
-    if s.num_samples < 1 or not s.delay >= 0:
-        raise SettingsError(f"--num_samples={s.num_samples} must be at least 1 and "
-                            f"--delay={s.delay:g} 0 or more")
     s.device = str(next(model.parameters()).device)
     choose_dtype(s, s.device, small=True)
     stream = generate_stream(
@@ -686,18 +689,6 @@ def command(argv):
             f"{new / seconds:.0f} tokens/s in {s.dtype}\x1b[0m"
         )
     return 130 if interrupted else 0
-
-
-def main(argv):
-    try:
-        return command(argv)
-    except (SettingsError, DataError, ValueError) as e:
-        fail(e)
-    except BrokenPipeError:  # the reader has gone, as in `| head`; let the exit not flush again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        return 130
 
 
 if __name__ == "__main__":

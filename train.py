@@ -20,6 +20,9 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 
+from util.configurator import SettingsError, check_settings, guarded, override, public
+
+# isort: split
 import torch
 from torch import nn
 
@@ -29,8 +32,8 @@ from model import CascadeConfig, CascadeLM
 from sample import DEFAULTS as SAMPLE
 from sample import generate_stream
 from util.checkpoint import all_finite, check_out_dir, check_same, load_checkpoint, save_checkpoint
-from util.configurator import SettingsError, check_settings, override, public
-from util.dataset import DataError, Prefetch, load_or_prepare
+from util.dataset import Prefetch, load_or_prepare
+from util.display import printable
 from util.log import Log, Silent
 from util.machine import Processes, Stop, autocast, choose_machine, peak_flops, train_flops
 from util.optim import lr_factor, make_optimizers
@@ -42,7 +45,8 @@ _gpu = torch.cuda.is_available()  # the defaults are the nano for this machine
 out_dir = "out/nano"
 dataset = "shakespeare"  # a folder of data/, prepared by its prepare.py
 init_from = "scratch"  # or "resume": go on from out_dir/last.pt
-overwrite = False  # allow a fresh run to replace the checkpoints in out_dir
+overwrite = False  # allow a fresh run to replace the one in out_dir, with its first checkpoint
+any_data = False  # allow a run to be resumed on other data than it began with
 seed = 1337
 # the model; its shape is explained in model.CascadeConfig
 objective = "diffusion"  # or "ar"
@@ -105,7 +109,7 @@ DEFAULTS = public(dict(globals()))
 CHOICES = {
     "noise": tuple(SCHEDULES), "weighting": WEIGHTINGS, "corruption": ("all", "target"),
     "joint_target": ("text", "gpt"), "copies": (1, 2), "init_from": ("scratch", "resume"),
-    "optimizer": ("muon", "adamw"),
+    "optimizer": ("muon", "adamw"), "attention": ("auto", "chunk", "flex"),
 }
 AT_LEAST = {1: "batch_size log_every eval_every eval_windows final_windows",
             0: "micro_batch sample_tokens learning_rate muon_lr weight_decay grad_clip final_lr "
@@ -116,8 +120,8 @@ RANGES |= {"beta1": (0, 1 - 1e-9), "beta2": (0, 1 - 1e-9), "seed": (0, 2**63 - 1
 
 def resolve(s, processes):
     """Settle what `s` leaves open, refuse what cannot work; returns lines that say what and why."""
-    lines = choose_machine(s, processes.local_rank, processes.world)
     check_settings(s, CHOICES, RANGES)
+    lines = choose_machine(s, processes.local_rank, processes.world)
     rates(s).check()
     if not s.max_steps and not s.max_minutes:
         raise SettingsError("set --max_steps or --max_minutes: an endless run has no schedule")
@@ -346,15 +350,17 @@ class Run:
         }
 
     def restore(self, state):
-        check_same(self.s, state["settings"], asdict(self.config), state["config"])
+        other = check_same(self.s, asdict(self.config), self.data.meta, state)
+        if other and self.processes.main:
+            print(f"note: resumed on other data, as asked: {', '.join(other)}", file=sys.stderr)
         load_whole(self.model, self.optimizers, state)
         self.step = self.saved = state["step"]
         self.seconds, self.val = state["seconds"], state["val"]
         self.best, self.best_step = state["best"], state["best_step"]
 
     def save(self):
-        """last.pt always; best.pt too when the validation loss is the best so far."""
-        is_best = self.val_loss() < self.best
+        """last.pt always; best.pt too when the validation loss is the best so far, or none was."""
+        is_best = not self.best_step or self.val_loss() < self.best
         if is_best:
             self.best, self.best_step = self.val_loss(), self.step
         state = self.state()
@@ -363,8 +369,8 @@ class Run:
             finite = all_finite([state["model"], state["optimizers"]])
             self.check_finite("model", 0.0 if finite else math.nan)
             self.log.sync()
-            for name in ("last.pt", "best.pt") if is_best else ("last.pt",):
-                save_checkpoint(Path(self.s.out_dir) / name, state)
+            last, best = (Path(self.s.out_dir) / name for name in ("last.pt", "best.pt"))
+            save_checkpoint(last, state, *[best] * is_best, before=self.log.publish)
 
         self.processes.main_first(write)
         self.saved = self.step
@@ -387,18 +393,18 @@ class Run:
 
 
 def train_loop(run):
-    """Steps until the budget is used; evaluates, reports and saves on the way. Returns whether it
-    was: not when a signal asked to stop."""
+    """Steps until the budget is used; evaluates, reports and saves on the way. Returns 0, or the
+    number of the signal that asked to stop, SIGPIPE's when standard output takes no more."""
     s, began = run.s, time.perf_counter() - run.seconds
     mark, mark_step, terms = time.perf_counter(), run.step, 0.0
     progress = run.progress(run.seconds)
-    done = progress >= 1.0
+    done, asked = progress >= 1.0, 0
     with Stop() as stop:
         while not done:
             terms += run.train_step(progress)
             run.seconds = time.perf_counter() - began
             # the clock and the signals of the main process decide for all
-            now = run.progress(run.seconds), float(stop.asked)
+            now = run.progress(run.seconds), stop.asked or Stop.PIPE * bool(run.log.deaf)
             progress, asked = run.processes.from_main(*now)
             done = progress >= 1.0 or asked > 0
             if run.step % s.log_every == 0 or done:
@@ -412,23 +418,29 @@ def train_loop(run):
                 run.save()
                 run.seconds = time.perf_counter() - began
                 mark += time.perf_counter() - paused  # evaluation is not training speed
-    return progress >= 1.0
+    return int(asked)
 
 
-def finish(run, complete):
-    """The terms with their standard errors, a sample, where things lie and what to try next."""
+def finish(run, stopped):
+    """The terms with their standard errors, a sample, where things lie and what to try next; of a
+    run that was `stopped`, how to go on. The weights are saved before anything else."""
     s, val = run.s, run.data.split("val")
-    if complete:
+    if run.step > run.saved:
+        run.save()
+    if not stopped:
         run.val, run.final = run.evaluate(s.eval_windows), run.evaluate(s.final_windows)
         run.log.validated(run.step, run.val)
-    run.save()
+        run.save()
     if not run.processes.main:
         return
     run.log.close()
-    if not complete:
+    if stopped:
         again = [a for a in sys.argv[1:] if not a.startswith(("--init_from", "--overwrite"))]
-        command = shlex.join(["python", "train.py", *again, "--init_from=resume"])
-        print(f"stopped at step {run.step}, saved; go on with\n  {command}")
+        again = shlex.join(["python", "train.py", *again, "--init_from=resume"])
+        if run.log.deaf:
+            raise SettingsError(f"standard output takes no more ({run.log.deaf.strerror}): stopped "
+                                f"at step {run.step}, saved; go on with {again}")
+        print(f"stopped at step {run.step}, saved; go on with\n  {again}")
         return
     waited = run.batches.waited / max(run.seconds, 1e-9)
     print(
@@ -447,7 +459,7 @@ def finish(run, complete):
         model.load_state_dict(run.model.state_dict())
         *_, last = generate_stream(model.eval(), [[]], s.sample_tokens, temperature=heat,
                                    seed=s.seed)
-        print(run.data.tokenizer.decode(last.rows()[0]) + "\n" + "-" * 79)
+        print(printable(run.data.tokenizer.decode(last.rows()[0])) + "\n" + "-" * 79)
         print(f"{s.sample_tokens} tokens in {last.nfe} passes: "
               f"{s.sample_tokens / last.nfe:.2f} tokens a pass")
     print(
@@ -456,23 +468,19 @@ def finish(run, complete):
     )
 
 
+@guarded
 def main(argv):
     processes = Processes()
     try:
         run = Run(SimpleNamespace(**override(DEFAULTS, argv)), processes)
-        finish(run, train_loop(run))
-    except (SettingsError, DataError, ValueError) as e:
-        processes.fail(e)
-    except RuntimeError as e:
-        if not processes.lost(e):
-            raise
-        processes.fail(
-            f"another process of this run is gone ({str(e).splitlines()[0][:80]}): start it "
-            "again, with --init_from=resume if it has saved"
-        )
+        stopped = train_loop(run)
+        finish(run, stopped)
+        return stopped and 128 + stopped
+    except Exception as e:
+        raise processes.only_once(e) from e
     finally:
         processes.close()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

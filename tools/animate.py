@@ -16,8 +16,7 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from any folder
 
 import sample
-from util.configurator import SettingsError, check_settings, fail, override
-from util.dataset import DataError
+from util.configurator import check_settings, guarded, override
 from util.display import BRIGHT, DIM, OWN, PLAIN, Display, wrap
 from util.machine import autocast, choose_dtype
 
@@ -94,17 +93,15 @@ def svg(pictures, s):
     return "\n".join([*out, "</svg>\n"])
 
 
+@guarded
 def main(argv):
-    try:
-        s = SimpleNamespace(**override(SETTINGS, argv))
-        check_settings(s, {}, dict.fromkeys(("columns", "frame_ms", "hold_ms"), (1, math.inf)))
-        path, picture = Path(s.svg), svg(list(frames(s)), s)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(picture, encoding="utf-8")
-        print(f"{path}: {path.stat().st_size / 1024:.0f} kB")
-    except (SettingsError, DataError, ValueError, OSError) as e:
-        fail(e)
+    s = SimpleNamespace(**override(SETTINGS, argv))
+    check_settings(s, {}, dict.fromkeys(("columns", "frame_ms", "hold_ms"), (1, math.inf)))
+    path, picture = Path(s.svg), svg(list(frames(s)), s)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(picture, encoding="utf-8")
+    print(f"{path}: {path.stat().st_size / 1024:.0f} kB")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

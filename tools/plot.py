@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from any folder
 
-from util.configurator import SettingsError, fail, override, public
+from util.configurator import SettingsError, guarded, override, public
 
 # ---- settings ------------------------------------------------------------------------------------
 frontier = "results/frontier.csv"  # empty: do not draw it
@@ -101,30 +101,26 @@ def draw_training(plt, tables):
     return figure
 
 
+@guarded
 def main(argv):
-    try:
-        s, figures = SimpleNamespace(**override(DEFAULTS, argv)), {}
-        if s.frontier:
-            columns = ("method", "passes_per_token", "nll", "nll_error")
-            remedy = f"give --frontier=FILE.csv with the columns {','.join(columns)}"
-            figures["frontier"] = draw_frontier(pyplot(), read_table(s.frontier, columns, remedy))
-        if s.runs:
-            columns, tables = ("step", "seconds", *(f"val_{term}" for term in DASHES)), {}
-            for run in s.runs.split(","):
-                label, _, path = run.partition(":")
-                path = Path(path) / "log.csv" if Path(path).is_dir() else path
-                tables[label] = read_table(path, columns, "write --runs=label:folder,label:folder")
-            figures["training"] = draw_training(pyplot(), tables)
-        for name, figure in figures.items():
-            path = Path(s.out_dir) / f"{name}.svg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, metadata={"Date": None})
-            print(path)
-    except SettingsError as e:
-        fail(e)
-    except OSError as e:
-        fail(f"cannot write to {s.out_dir} ({e.strerror}): set --out_dir")
+    s, figures = SimpleNamespace(**override(DEFAULTS, argv)), {}
+    if s.frontier:
+        columns = ("method", "passes_per_token", "nll", "nll_error")
+        remedy = f"give --frontier=FILE.csv with the columns {','.join(columns)}"
+        figures["frontier"] = draw_frontier(pyplot(), read_table(s.frontier, columns, remedy))
+    if s.runs:
+        columns, tables = ("step", "seconds", *(f"val_{term}" for term in DASHES)), {}
+        for run in s.runs.split(","):
+            label, _, path = run.partition(":")
+            path = Path(path) / "log.csv" if Path(path).is_dir() else path
+            tables[label] = read_table(path, columns, "write --runs=label:folder,label:folder")
+        figures["training"] = draw_training(pyplot(), tables)
+    for name, figure in figures.items():
+        path = Path(s.out_dir) / f"{name}.svg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, metadata={"Date": None})
+        print(path)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -1,32 +1,39 @@
 """Checkpoints: one file of tensors and plain values, which carries all that rebuilds its model.
 
     {"format": 1, "config": {...}, "settings": {...}, "meta": {...}, "model": {name: tensor},
-     "optimizers": [...], "step": int, "seconds": float, "bound": [mean, standard error],
+     "optimizers": [...], "step": int, "seconds": float, "val": {term: (mean, standard error)},
      "final": the same on more windows, "best": float, "best_step": int,
      "torch": "2.13.0", "digest": sha256 of everything else}
 
-`meta` is the dataset's meta.json, so text is decoded without the dataset. The file is loaded with
-weights_only=True, so a foreign one cannot run code, and its digest is verified.
+`meta` is the dataset's meta.json: text is decoded without the dataset, and a resumed run knows
+whether its data is the same. The file may be a stranger's: it cannot run code (weights_only=True),
+its digest is verified, and `check_state` is the one door, behind which nothing is doubted.
 """
 
-import hashlib
+import math
 import os
-import pickle
 import sys
+import zipfile
+from dataclasses import fields
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 
 from model import CascadeConfig, CascadeLM
-from util.configurator import SettingsError
-from util.log import held
+from util.configurator import SettingsError, first_line, public
+from util.dataset import identity
+from util.shard import is_plain, load_whole
 
 FORMAT = 1
+FIELDS = {"config": dict, "settings": dict, "meta": dict, "model": dict, "optimizers": list,
+          "step": int, "seconds": float, "val": dict, "final": dict, "best": float,
+          "best_step": int}
 
 
 def digest(value, h=None):
     """sha256 over a nest of dicts, lists, plain values and tensors (dtype, shape and bytes)."""
-    top, h = h is None, h or hashlib.sha256()
+    top, h = h is None, h or sha256()
     if isinstance(value, torch.Tensor):
         h.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
         h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -44,64 +51,110 @@ def digest(value, h=None):
     return h.hexdigest() if top else None
 
 
+def leaves(value):
+    """Every part of a nest of dicts and lists: containers, keys, tensors, plain values."""
+    yield value
+    if isinstance(value, (dict, list, tuple)):
+        for part in value:
+            yield from leaves(part)
+    for part in value.values() if isinstance(value, dict) else ():
+        yield from leaves(part)
+
+
 def all_finite(value):
     """Whether every floating-point tensor in a nest of dicts and lists is finite throughout."""
-    if isinstance(value, torch.Tensor):
-        return not value.is_floating_point() or bool(value.isfinite().all())
-    parts = value.values() if isinstance(value, dict) else value
-    return not isinstance(value, (dict, list, tuple)) or all(map(all_finite, parts))
+    return all(bool(x.isfinite().all()) for x in leaves(value)
+               if isinstance(x, torch.Tensor) and x.is_floating_point())
 
 
-def save_checkpoint(path, state):
-    """Write `state` so that `path` always holds a complete checkpoint, the old one or the new.
+def save_checkpoint(path, state, *copies, before=lambda: None):
+    """Write `state` so that `path`, and each of its `copies`, always hold a complete checkpoint,
+    the old one or the new: temporary files, flush to disk, `before()`, and the renames.
 
-    Temporary file, flush to disk, rename. Raises SettingsError when the disk refuses; the old
-    file then still stands.
+    Raises SettingsError when the disk refuses; the old files then still stand.
     """
-    path = Path(path)
     state = {**state, "format": FORMAT, "torch": str(torch.__version__)}
     state["digest"] = digest(state)
-    temporary = path.with_name(path.name + ".tmp")
+    paths = [Path(p) for p in (*copies, path)]  # `path` last: what a run resumes from
+    temporary = [p.with_name(p.name + ".tmp") for p in paths]
     try:
-        with open(temporary, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        for name in temporary:
+            with open(name, "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+        before()
+        for name, p in zip(temporary, paths, strict=True):
+            os.replace(name, p)
     except (OSError, RuntimeError) as e:  # torch's zip writer turns a full disk into RuntimeError
-        temporary.unlink(missing_ok=True)
+        for name in temporary:
+            name.unlink(missing_ok=True)
         raise SettingsError(
-            f"cannot write {path} ({e}): free some space or choose another --out_dir; "
+            f"cannot write {path} ({first_line(e)}): free some space or choose another --out_dir; "
             "an earlier checkpoint there is untouched"
         ) from None
 
 
 def find_checkpoint(where):
     """The file meant by an out_dir or a path: out_dir/best.pt, else out_dir/last.pt."""
-    where = Path(where)
-    if where.is_file():
-        return where
-    for name in ("best.pt", "last.pt"):
-        if (where / name).is_file():
-            return where / name
+    for path in (Path(where), Path(where, "best.pt"), Path(where, "last.pt")):
+        if os.path.isfile(path):
+            return path
     raise SettingsError(f"no checkpoint in {where}: python train.py --out_dir={where} makes one")
 
 
-def load_checkpoint(path, device="cpu"):
-    """The state that save_checkpoint wrote. SettingsError, one line, if it is anything else."""
+def check_state(state, size):
+    """ValueError, or what a wrong type raises, unless `state`, of a file of `size` bytes, is what
+    save_checkpoint writes of a run. The cheap comes first: nothing grows beyond the file's size."""
+    def must(good, otherwise):
+        if not good:
+            raise ValueError(otherwise)
+
+    room = 2 * size  # tied weights stand twice
+    for x in leaves(state):
+        room -= x.nbytes if isinstance(x, torch.Tensor) else len(x) if isinstance(x, str) else 1
+        must(room >= 0, "it unfolds to more than its size")
+    must(isinstance(state, dict) and state.get("format") == FORMAT,
+         "not a CASCADE checkpoint of this version")
+    must(digest({k: v for k, v in state.items() if k != "digest"}) == state.get("digest"),
+         "its digest does not match its contents")
+    for name, kind in FIELDS.items():
+        must(isinstance(state.get(name), kind) and type(state[name]) is not bool,
+             f"its {name} is missing or no {kind.__name__}")
+    figures = [*state["val"].values(), *state["final"].values(), (state["seconds"], 0.0)]
+    must(all(math.isfinite(mean) and math.isfinite(error) for mean, error in figures)
+         and 0 <= state["best_step"] <= state["step"] < 2**53 and not math.isnan(state["best"])
+         and public(state["settings"]) == state["settings"], "its figures make no sense")
+    c, model = CascadeConfig(**state["config"]), state["model"]
+    for f in fields(c):
+        value = getattr(c, f.name)
+        must(type(value) is f.type and (f.type is not float or 0 < value < math.inf),
+             f"its config's {f.name} makes no sense")
+    must(all(map(is_plain, model.values())), "its weights are no float32 tensors")
+    C, numbers = c.n_embd, sum(x.numel() for x in model.values())
+    local = c.local_hidden * (4 + c.local_window) // 4 if c.local_window else 0
+    must(max(c.n_layer * max(C, c.n_hidden), c.vocab_size, local) * C <= numbers
+         and c.seq_len <= 2**20, "its config is larger than its tensors")
+    must(state["meta"].get("vocab_size") == c.vocab_size, "its vocabulary is not its config's")
+    must(all_finite([model, state["optimizers"]]), "not all of its numbers are finite")
+
+
+def load_checkpoint(path):
+    """The state that save_checkpoint wrote, on the CPU. SettingsError, one line, if it is anything
+    else, or not sound in every part."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise ValueError("not a CASCADE checkpoint of this version")
-        if digest({k: v for k, v in state.items() if k != "digest"}) != state["digest"]:
-            raise ValueError("its digest does not match its contents")
+        size = os.path.getsize(path)
+        with zipfile.ZipFile(path) as parts:
+            if sum(part.file_size for part in parts.infolist()) > size:
+                raise ValueError("it is compressed")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        check_state(state, size)
     except FileNotFoundError:
         raise SettingsError(f"no checkpoint {path}") from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError,
-            AttributeError, pickle.UnpicklingError) as e:
+    except Exception as e:  # there is no telling what a foreign file makes its readers raise
         # torch's own advice for a refused pickle is to load it unsafely: not to be repeated
-        unsafe = isinstance(e, pickle.UnpicklingError) or not str(e).strip()
-        reason = type(e).__name__ if unsafe else str(e).strip().splitlines()[0][:120]
+        told = isinstance(e, (ValueError, OSError, RuntimeError, zipfile.BadZipFile))
+        reason = first_line(e) if told else type(e).__name__
         raise SettingsError(
             f"{path} is damaged or no checkpoint ({reason}): use another, or train again"
         ) from None
@@ -110,24 +163,22 @@ def load_checkpoint(path, device="cpu"):
 
 def load_model(where, device="cpu"):
     """(model in evaluation mode, state) of an out_dir or a checkpoint file."""
-    path = find_checkpoint(where)
-    state = load_checkpoint(path, device)
-    try:
-        model = CascadeLM(CascadeConfig(**state["config"]))
-        model.load_state_dict(state["model"])
-    except (KeyError, TypeError, RuntimeError):
-        raise SettingsError(f"{path}: its tensors do not fit its own config") from None
+    state = load_checkpoint(find_checkpoint(where))
+    model = CascadeLM(CascadeConfig(**state["config"]))
+    load_whole(model, [], {**state, "optimizers": []})
     return model.to(device).eval(), state
 
 
 # ---- starting and resuming a run ---------------------------------------------------------------
 
-# what may differ between a run and its resumption: the schedule's end, reports, and what moves
-# numbers by rounding alone
+WRITTEN = ("last.pt", "best.pt", "log.csv", "settings.py")  # by a run; each as NAME.tmp first
+
+# what may differ between a run and its resumption: how it starts, ends (the learning rate follows
+# the new end) and reports, where its data lies, and what moves numbers by their rounding alone
 HARMLESS = {
-    "out_dir", "init_from", "overwrite", "max_steps", "max_minutes", "log_every", "eval_every",
-    "eval_windows", "final_windows", "sample_tokens", "device", "dtype", "attention", "compile",
-    "micro_batch", "shard", "wandb",
+    "out_dir", "init_from", "overwrite", "any_data", "dataset", "max_steps", "max_minutes",
+    "log_every", "eval_every", "eval_windows", "final_windows", "sample_tokens", "device",
+    "attention", "compile", "micro_batch", "shard", "wandb",
 }
 
 
@@ -140,11 +191,9 @@ def lock(path):
     file = open(path / "lock", "a+")
     try:
         import fcntl
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
         print(f"note: no file locks here; let no second run write to {path}", file=sys.stderr)
-        return file
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "not known"
@@ -160,39 +209,48 @@ def lock(path):
 
 
 def check_out_dir(s):
-    """Make and lock out_dir; refuse to replace what was not said to be. Returns the lock."""
+    """Make and lock out_dir; refuse to replace what was not said to be. Returns the lock.
+
+    Nothing that stands there is touched: a run replaces it with its first checkpoint.
+    """
     path = Path(s.out_dir)
-    name = held(path)
-    if s.init_from == "scratch" and name and not s.overwrite:
-        resume = "--init_from=resume continues it, " if name == "last.pt" else ""
+    held = [name for name in WRITTEN if os.path.lexists(path / name)]
+    if s.init_from == "scratch" and held and not s.overwrite:
+        resume = "--init_from=resume continues it, " if held[0] == "last.pt" else ""
         raise SettingsError(
-            f"{path} holds a run already ({name}): {resume}--overwrite=true replaces it, "
+            f"{path} holds a run already ({held[0]}): {resume}--overwrite=true replaces it, "
             "--out_dir=DIR keeps both"
         )
-    if s.init_from == "resume" and name != "last.pt":
+    if s.init_from == "resume" and "last.pt" not in held:
         raise SettingsError(f"{path} holds no last.pt to resume from: leave --init_from=resume out")
+    halves = [path / f"{name}.tmp" for name in WRITTEN]  # of a run that was killed inside a save
     try:
         path.mkdir(parents=True, exist_ok=True)
+        for name in (*halves, *(path / name for name in (*WRITTEN, "lock", "wandb", "wandb/id"))):
+            right = Path.is_dir if name.name == "wandb" else Path.is_file
+            if name.is_symlink() or (name.exists() and not right(name)):
+                raise SettingsError(f"{name} is a link or no file: remove it, or set --out_dir")
         claim = lock(path)
-        (path / "last.pt.tmp").touch()
-        for half in ("last.pt.tmp", "best.pt.tmp"):  # of a run that was killed inside a save
-            (path / half).unlink(missing_ok=True)
-        if s.init_from == "scratch":  # a best.pt of the run being replaced would outlive it
-            (path / "best.pt").unlink(missing_ok=True)
+        for half in halves:
+            half.touch()
+            half.unlink()
     except OSError as e:
         raise SettingsError(f"cannot write to {path} ({e.strerror}): set --out_dir") from e
     return claim
 
 
-def check_same(s, saved, config, saved_config):
-    """Resuming: settings that change the numbers must be those of the checkpoint."""
-    saved = {"neighbours": 0, "copies": 1, **saved}  # what was, before there was a choice
-    changed = [
-        f"{k}: {saved.get(k)!r} -> {v!r}"
-        for k, v in vars(s).items()
-        if k not in HARMLESS and saved.get(k) != v
-    ]
-    if config != saved_config and not changed:
-        changed = ["the vocabulary of the dataset"]
+def check_same(s, config, meta, state):
+    """Resuming: settings and data that change the numbers must be those of the checkpoint. Returns
+    what of the data is another, if that was insisted on."""
+    saved, before, now = state["settings"], identity(state["meta"]), identity(meta)
+    changed = [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in vars(s).items()
+               if k not in HARMLESS and saved.get(k) != v]
     if changed:
         raise SettingsError(f"cannot resume with other settings ({'; '.join(changed)})")
+    other = [part for part in now if before.get(part) != now[part]]
+    if config != state["config"] or (other and not s.any_data):
+        raise SettingsError(
+            f"cannot resume on other data (changed: {', '.join(other)} of {s.dataset}): give back "
+            "what it was, or insist with --any_data=true if only the text is another"
+        )
+    return other

@@ -4,23 +4,88 @@ A script keeps its settings as plain variables with defaults. A config file is P
 some of them; `--key=value` assigns one. Both are held to the same rules: the name must exist (a
 misspelt one is refused with the nearest), and the value must be of the default's type, where an
 int may be written 1e3, a float may be written 1, and a bool true/false/1/0. Later wins.
+
+`guarded` around a script's main turns whatever goes wrong into one line and an exit code.
 """
 
 import difflib
+import functools
 import math
-import runpy
+import os
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 
 class SettingsError(Exception):
     """A user's mistake in a setting; the message is one line with the remedy."""
 
 
-def fail(message):
-    """Print one line and leave with exit code 2: what every script does with a user's mistake."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+def first_line(error):
+    """What an exception says first, at most 200 characters of it; its type where it is silent."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def fail(message, code=2):
+    """Print one line and leave: what every script does with a user's mistake. Control characters
+    are spelt out: no name out of a file may command the terminal."""
+    said = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
+    clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # a progress line may stand there
+    with suppress(OSError):
+        print(f"{clear}error: {said}", file=sys.stderr)
+    sys.exit(code)
+
+
+def explained(e):
+    """(line, exit code) of an exception: 2 for what the user can mend, else 1."""
+    line = first_line(e)
+    if isinstance(e, (SettingsError, ValueError)):
+        return str(e) or line, 2
+    if isinstance(e, OSError):
+        return f"{e.filename or 'a stream or the network'}: {e.strerror or line}", 2
+    if isinstance(e, MemoryError) or "out of memory" in line or "allocate memory" in line:
+        return f"out of memory ({line}): take a smaller batch, sequence or model", 1
+    return f"{type(e).__name__}: {line} (--traceback=true shows where)", 1
+
+
+def guarded(main):
+    """Decorator of a script's main(argv): an error ends in one line, a Ctrl-C in exit code 130, a
+    reader of the output who has gone, as in `| head`, without a word. --traceback=true raises."""
+    @functools.wraps(main)
+    def wrapped(argv):
+        whole = "--traceback=true" in argv
+        argv[:] = [a for a in argv if a != "--traceback=true"]
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name) or open(os.devnull, "w")  # None: closed by who started us
+            setattr(sys, name, stream)
+            if hasattr(stream, "reconfigure"):  # for characters that the terminal does not have
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            code = main(argv) or 0
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt:
+            return 130
+        except Exception as e:
+            if whole:
+                raise
+            try:
+                sys.stdout.flush()
+            except OSError:  # at exit it would fail again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1 if isinstance(e, BrokenPipeError) else fail(*explained(e))
+
+    return wrapped
+
+
+def _hook(kind, error, trace, before=sys.excepthook):
+    """Ctrl-C while the modules load: no traceback, and Python ends by the signal."""
+    if kind is not KeyboardInterrupt:
+        before(kind, error, trace)
+
+
+sys.excepthook = _hook
 
 
 def public(namespace):
@@ -35,30 +100,25 @@ def public(namespace):
 def _typed(key, value, default, where):
     """`value` as the default's type, or SettingsError. Text is parsed; other values are checked."""
     kind = type(default)
-    wrong = SettingsError(f"{where}: {key} must be {kind.__name__} like {default!r}, not {value!r}")
-    if kind is str:
-        if not isinstance(value, str):
-            raise wrong
-        return value
-    if kind is bool:
-        words = {"true": True, "1": True, "false": False, "0": False}
-        if isinstance(value, bool):
-            return value
-        if not isinstance(value, (str, int)) or str(value).lower() not in words:
-            raise wrong
-        return words[str(value).lower()]
-    if isinstance(value, bool):
-        raise wrong
     try:
-        # int("4") first: float() would round a 17-digit seed
+        if not isinstance(value, str if kind is str else (bool, int, float, str)):
+            raise TypeError
+        if kind is str:
+            return value
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+        if isinstance(value, bool):
+            raise TypeError
         number = value
-        if isinstance(value, str):
+        if isinstance(value, str):  # int("4") first: float() would round a 17-digit seed
             number = int(value) if value.lstrip("+-").isdigit() else float(value)
         if kind is int and number != int(number):
-            raise wrong
+            raise ValueError
         return kind(number)
-    except (TypeError, ValueError, OverflowError):
-        raise wrong from None
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise SettingsError(
+            f"{where}: {key} must be {kind.__name__} like {default!r}, not {value!r}"
+        ) from None
 
 
 def _set(settings, defaults, key, value, where):
@@ -78,10 +138,17 @@ def _config_file(name):
 
 
 def _run_config(path):
+    """{name: value} of what a config file assigns, but for what it imports, defines or hides by _;
+    whether the values are settings is for _set to say."""
+    if path.suffix != ".py":
+        raise SettingsError(f"{path}: a config file is Python, with a name that ends in .py")
+    found = {"__name__": "config", "__file__": str(path)}
     try:
-        return public(runpy.run_path(str(path)))
-    except Exception as e:  # a config is the user's Python: whatever it raises is theirs to mend
-        raise SettingsError(f"{path}: {type(e).__name__}: {e}") from None
+        exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), found)
+    except (Exception, SystemExit) as e:  # the user's Python: what it raises is theirs to mend
+        raise SettingsError(f"{path}: {type(e).__name__}: {first_line(e)}") from None
+    return {key: value for key, value in found.items()
+            if not (key.startswith("_") or callable(value) or isinstance(value, ModuleType))}
 
 
 def override(defaults, argv):

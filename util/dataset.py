@@ -40,7 +40,7 @@ from urllib.request import urlopen
 
 import numpy as np
 
-from util.configurator import SettingsError
+from util.configurator import SettingsError, guarded
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARD_TOKENS = 100_000_000
@@ -551,16 +551,9 @@ class Arguments(argparse.ArgumentParser):
 def run(main):
     """Call a script's main(). A user's mistake ends it in one line and exit code 2, a signal in
     its own exit code; either way no half-written files stay."""
-    clear = "\r\033[K" if sys.stderr.isatty() else ""  # the progress line
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        main()
-    except (DataError, OSError) as e:  # OSError: disk full, no permission
-        print(f"{clear}error: {plain(e)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{clear}stopped: an earlier dataset is still whole", file=sys.stderr)
-        sys.exit(130)
+    if code := guarded(lambda argv: main())(sys.argv):
+        sys.exit(code)
 
 
 def report(folder, meta):

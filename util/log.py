@@ -4,38 +4,22 @@
     250,61.3,2.563,1.921,2.104,2.5412,0.021,1.9034,...,0.0028,4102
 
 One row per step that was reported or evaluated; a cell is empty where nothing was measured. The
-terms of the loss, in nats per token, are means over the training steps since the row before; with
-val_ in front they are of validation text, with their standard errors. `seconds` are of training,
-all restarts together. A resumed run drops torn rows and rows past its checkpoint, so no step stands
-twice.
+terms of the loss, in nats per token, are means over the training steps since the last row that has
+them, or since the run was resumed; with val_ in front they are of validation text, with their
+standard errors. `seconds` are of training, all restarts together. A resumed run drops torn rows and
+rows past its checkpoint, so no step stands twice.
 """
 
 import os
 from pathlib import Path
 
-from util.configurator import SettingsError, public
+from util.configurator import SettingsError, first_line, public
 
 TERMS = ("bound", "gpt", "joint")
 VAL = tuple(f"val_{name}{error}" for name in TERMS for error in ("", "_error"))
 COLUMNS = ("step", "seconds", *TERMS, *VAL, "lr", "tokens_per_second")
 HEADER = ",".join(COLUMNS) + "\n"
 SETTINGS_HEAD = "# the settings of this run: python train.py FOLDER/settings.py starts it again"
-
-
-def held(folder):
-    """The first file in `folder` that a fresh run would replace and should not unasked, or None.
-
-    Any checkpoint, a log with rows, and files of those names that are none of ours.
-    """
-    for name in ("last.pt", "best.pt"):
-        if (folder / name).exists():
-            return name
-    for name, ours in (("log.csv", HEADER), ("settings.py", SETTINGS_HEAD)):
-        if (folder / name).exists():
-            text = (folder / name).read_text(errors="replace")
-            if text and (text != ours if name == "log.csv" else not text.startswith(ours)):
-                return name
-    return None
 
 
 def write_settings(path, settings):
@@ -67,7 +51,7 @@ def start_wandb(folder, settings):
         )
     except Error as e:
         raise SettingsError(
-            f"wandb does not start ({str(e).splitlines()[0]}): WANDB_MODE=offline keeps its record "
+            f"wandb does not start ({first_line(e)}): WANDB_MODE=offline keeps its record "
             "here, and without --wandb=true there is log.csv"
         ) from None
     known.write_text(run.id)
@@ -75,24 +59,38 @@ def start_wandb(folder, settings):
 
 
 class Log:
-    """The log of a run whose checkpoint has `step` steps."""
+    """The log of a run whose checkpoint has `step` steps. A fresh run's takes the name log.csv, and
+    the place of what stood there, with the first checkpoint: `publish`."""
 
     def __init__(self, settings, step):
         self.path, self.row, self.wandb = Path(settings["out_dir"]) / "log.csv", {}, None
+        self.deaf = None  # the error of a standard output that takes no more: closed, or full
         try:
-            write_settings(self.path.with_name("settings.py"), settings)
-            rows = self.path.read_bytes().splitlines(keepends=True)[1:] if step else []
-            self.file = open(self.path, "wb")
+            write_settings(self.path.with_name("settings.py.tmp"), settings)
+            old = self.path.read_bytes() if step and self.path.exists() else b""
+            self.file = open(f"{self.path}.tmp", "wb")
             self.start = self.end = self.file.write(HEADER.encode())
-            for row in rows:
-                if row.endswith(b"\n") and int(row.split(b",")[0]) <= step:
+            for row in old.splitlines(keepends=True):
+                cells = row.decode(errors="replace").strip().split(",")
+                whole = row.endswith(b"\n") and len(cells) == len(COLUMNS) and cells[0].isdecimal()
+                if whole and int(cells[0]) <= step:
                     self.start, self.end = self.end, self.end + self.file.write(row)
-                    self.row = dict(zip(COLUMNS, row.decode().strip().split(","), strict=True))
-            self.file.flush()
+                    self.row = dict(zip(COLUMNS, cells, strict=True))
+            self.sync()
+            if step:
+                self.publish()
             if settings["wandb"]:
                 self.wandb = start_wandb(self.path.parent, settings)
         except OSError as e:
             raise self.refusal(e) from None
+
+    def publish(self):
+        """Replace the log and the settings of the run that stood here before, if they still do."""
+        if self.file.name.endswith(".tmp"):
+            self.file.close()
+            for path in (self.path.with_name("settings.py"), self.path):
+                os.replace(f"{path}.tmp", path)
+            self.file = open(self.path, "r+b")
 
     def refusal(self, e):
         return SettingsError(
@@ -128,16 +126,20 @@ class Log:
         left = seconds / 60 / max(progress, 1e-9) * (1 - progress)
         shown = [f"{name} {terms[name]:.3f} ({f'{val[name][0]:.3f}' if val else '  -  '})"
                  for name in terms]
-        print(
+        line = (
             f"step {step:6d}" + (f"/{max_steps}" if max_steps else "") + f" | {' | '.join(shown)} "
             f"| lr {lr:.1e} | {speed} | " + (f"mfu {mfu:3.0%} | " if mfu else "")
-            + f"eta {left:.1f}m",
-            flush=True,
+            + f"eta {left:.1f}m"
         )
+        try:
+            print(line, flush=True)
+        except OSError as e:  # the run is to be saved, not to die in the middle of a step
+            self.deaf = e
 
     def sync(self):
         """To the disk itself, before a checkpoint that relies on these rows."""
         try:
+            self.file.flush()
             os.fsync(self.file.fileno())
         except OSError as e:
             raise self.refusal(e) from None
@@ -150,6 +152,8 @@ class Log:
 
 class Silent:
     """The log of every process but the main one."""
+
+    deaf = None
 
     def __getattr__(self, name):
         return lambda *args, **kwargs: None

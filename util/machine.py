@@ -3,7 +3,6 @@ of torchrun."""
 
 import os
 import signal
-import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from util.configurator import SettingsError, fail
+from util.configurator import SettingsError, first_line
 
 # dense bf16 matrix peaks in FLOP/s from the vendors' data sheets, for MFU; float32 products take
 # TF32 units ("high" precision), at half of that
@@ -125,14 +124,19 @@ def train_flops(c, batch, masked, copies=1, attention=True):
 
 
 class Stop:
-    """Within it SIGINT and SIGTERM ask the loop to finish its step and save; a later one ends at
-    once. Later means by a second: torchrun repeats to its workers what the terminal has sent."""
+    """Within it SIGINT, SIGTERM and SIGHUP ask the loop to finish its step and save; a later one
+    ends at once. Later means by a second: torchrun repeats to its workers what the terminal sent.
+    `asked` is the signal's number, 0 without one."""
+
+    PIPE = 13  # SIGPIPE, a name that not every system has
 
     def __init__(self):
-        self.asked, self.at = False, 0.0
+        self.asked, self.at = 0, 0.0
 
     def __enter__(self):
-        self.before = {n: signal.signal(n, self.ask) for n in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [getattr(signal, name, signal.SIGINT) for name in ("SIGTERM", "SIGHUP", "SIGINT")]
+        self.before = {n: signal.signal(n, self.ask) for n in set(numbers)
+                       if signal.getsignal(n) != signal.SIG_IGN}  # as nohup has it
         return self
 
     def __exit__(self, *_):
@@ -144,16 +148,19 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         if not self.asked:
-            self.asked, self.at = True, time.monotonic()
+            self.asked, self.at = int(number), time.monotonic()
 
 
 class Processes:
     """torchrun's view of this process, or a world of one; `close` ends the group."""
 
     def __init__(self):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        found = [os.environ.get(name, default) for name, default in names.items()]
+        self.rank, self.local_rank, self.world = (int(x) if x.isdecimal() else -1 for x in found)
+        if not 0 <= self.local_rank <= self.rank < self.world:
+            raise SettingsError(f"{', '.join(names)} are {', '.join(found)}: torchrun sets them; "
+                                "unset them to train in one process")
         self.main = self.rank == 0
         self.lock = None  # the main process's claim on out_dir, an open file
 
@@ -194,12 +201,18 @@ class Processes:
             raise error or SettingsError(said[0])
         return result
 
-    def fail(self, error):
-        """configurator.fail, but what the main process says too is left to it.
+    def only_once(self, error):
+        """`error`, to be raised by this process; but SystemExit if the main process says the same.
 
         It is heard through torchrun's store; without that, or without a word from it within a few
         seconds, every process speaks for itself.
         """
+        words = ("gloo", "NCCL", "Connection", "Broken pipe")
+        if self.world > 1 and isinstance(error, RuntimeError) and (
+            isinstance(error, dist.DistError) or any(w in str(error) for w in words)
+        ):
+            error = SettingsError(f"another process of this run is gone ({first_line(error)}): "
+                                  "start it again, with --init_from=resume if it has saved")
         if self.world > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             key = "error" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
             try:
@@ -208,16 +221,10 @@ class Processes:
                 if self.main:
                     store.set(key, str(error))
                 elif store.get(key).decode() == str(error):
-                    sys.exit(2)
+                    return SystemExit(2)
             except RuntimeError:  # the store has gone, or the main process goes on
                 pass
-        fail(error)
-
-    def lost(self, error):
-        """Whether a RuntimeError says that another process of the group has gone."""
-        words = ("gloo", "NCCL", "Connection", "Broken pipe")
-        return self.world > 1 and (isinstance(error, dist.DistError) or
-                                   any(w in str(error) for w in words))
+        return error
 
     def wait(self):
         if self.world > 1:

@@ -5,6 +5,10 @@ gathered when it runs and dropped again. A checkpoint holds whole tensors either
 sharded resumes unsharded, and back. Every process builds the model whole once, in main memory.
 """
 
+import torch
+
+from util.configurator import SettingsError
+
 
 def shard_model(score, device, world):
     """Slice the weights of score.model over all processes; the slices live on `device`. Training
@@ -45,14 +49,34 @@ def gathered(value, keep):
     return value
 
 
+def is_plain(x):
+    """Whether x is a float32 tensor in rows and columns: what the weights and their moments are."""
+    return isinstance(x, torch.Tensor) and (x.dtype, x.layout) == (torch.float32, torch.strided)
+
+
 def load_whole(model, optimizers, state):
-    """Load the whole tensors of a checkpoint's state into a model and optimizers, sliced or not."""
-    like = model.state_dict()
-    model.load_state_dict({k: slice_like(v, like[k]) for k, v in state["model"].items()})
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        slices = {
-            i: {k: slice_like(v, params[i]) if v.ndim else v for k, v in tensors.items()}
-            for i, tensors in saved["state"].items()
-        }
-        optimizer.load_state_dict({**saved, "state": slices})
+    """Load the whole tensors of a checkpoint's state into a model and optimizers, sliced or not.
+
+    Of the optimizers only the moments: the rest follows from the settings. SettingsError where they
+    do not fit the weights: a fused step would not notice, and run over the memory.
+    """
+    own, what = model.state_dict(), "weights"
+    try:
+        model.load_state_dict({k: slice_like(v, own[k]) for k, v in state["model"].items()})
+        what = "optimizer state"
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            params, slices = [p for g in optimizer.param_groups for p in g["params"]], {}
+            for i, tensors in saved["state"].items():
+                p = dict(enumerate(params))[i]
+                shapes = {"momentum": p.shape} if "momentum" in optimizer.defaults else {
+                    "step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                if {k: v.shape for k, v in tensors.items()} != shapes or not all(
+                    map(is_plain, tensors.values())
+                ) or tensors.get("step", 0) < 0:
+                    raise ValueError
+                slices[i] = {k: slice_like(v, p) if v.ndim else v for k, v in tensors.items()}
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"param_groups": groups, "state": slices})
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
+        raise SettingsError(f"this checkpoint's config does not fit its {what}: use another, or "
+                            "start again from scratch") from None
