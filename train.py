@@ -32,7 +32,15 @@ from util.checkpoint import all_finite, check_out_dir, check_same, load_checkpoi
 from util.configurator import SettingsError, check_settings, override, public
 from util.dataset import DataError, Prefetch, load_or_prepare
 from util.log import Log, Silent
-from util.machine import Processes, Stop, autocast, choose_machine, peak_flops, train_flops
+from util.machine import (
+    Processes,
+    Stop,
+    autocast,
+    choose_machine,
+    keep_memory,
+    peak_flops,
+    train_flops,
+)
 from util.optim import lr_factor, make_optimizers
 from util.shard import gathered, load_whole, shard_model, whole
 
@@ -200,6 +208,7 @@ class Run:
         processes.lock = processes.main_first(lambda: check_out_dir(s))
         torch.manual_seed(s.seed)
         torch.set_float32_matmul_precision("high")
+        keep_memory()
         self.model = CascadeLM(self.config, s.attention)
         self.score = Score(self.model, s.joint_target)
         if s.shard:
