@@ -152,6 +152,8 @@ def truncated_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     if temperature == 0:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     p = (logits / temperature).softmax(dim=-1)
+    if not 0 < top_k < p.shape[-1] and top_p >= 1.0:
+        return p
     if 0 < top_k < p.shape[-1]:
         kept = p.topk(top_k, dim=-1)
         p = torch.zeros_like(p).scatter(-1, kept.indices, kept.values)
@@ -192,6 +194,11 @@ class BlockCache:
     def capacity(self):
         return self.k.shape[2]
 
+    def bias(self, hidden):
+        """The additive mask of a bool one, which the kernel would make anew in every layer."""
+        bias = torch.zeros(hidden.shape, dtype=self.k.dtype, device=hidden.device)
+        return bias.masked_fill_(hidden, -torch.inf)
+
     def attend(self, Q, visible):
         """attend(layer, q, k, v) of Q new tokens: each sees all of its row's cached tokens, and of
         the new ones those that visible (Q, Q) bool shows; None shows all."""
@@ -204,13 +211,13 @@ class BlockCache:
         rows = torch.arange(len(slots), device=slots.device)[:, None]
         if low < high:
             behind = torch.arange(end, device=slots.device) - self.length[:, None]  # (B, end)
-            mask = (behind < Q)[:, None].repeat(1, Q, 1)
+            hidden = (behind >= Q)[:, None].repeat(1, Q, 1)
             if visible is not None:
-                inside = visible.T[behind.clamp(0, Q - 1)].mT  # (B, Q, end)
-                mask &= inside | (behind < 0)[:, None]
-            mask = mask[:, None]
+                inside = ~visible.T[behind.clamp(0, Q - 1)].mT  # (B, Q, end)
+                hidden |= inside & (behind >= 0)[:, None]
+            mask = self.bias(hidden)[:, None]
         elif visible is not None:
-            mask = F.pad(visible, (high, 0), value=True)
+            mask = F.pad(self.bias(~visible), (high, 0))
 
         def attend(layer, q, k, v):
             keys, values = self.k[layer], self.v[layer]
@@ -226,7 +233,7 @@ class BlockCache:
         return attend
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def read(model, tokens, cache, visible=None, offsets=None, stay=0):
     """One cached forward pass over new tokens (B, Q) behind those in `cache`: (B, Q, C).
 
@@ -342,6 +349,7 @@ class Writer:
         self.front = int(c.objective == "ar")
         self.generator = torch.Generator(where).manual_seed(o.seed)
         width = max(map(len, prompts)) + max_new_tokens + 2 * c.block_size + self.front
+        self.ranks = torch.arange(max(width, c.seq_len), device=where)
         rows = [[c.mask_id] * self.front + list(row) for row in prompts]
         self.tokens = torch.tensor([r + [c.mask_id] * (width - len(r)) for r in rows], device=where)
         self.length = torch.tensor([len(row) for row in rows], device=where)
@@ -352,13 +360,20 @@ class Writer:
         self.cache = BlockCache(c, len(rows), c.seq_len + new, where, dtype)
 
     def steps(self, n):
-        return torch.arange(n, device=self.tokens.device)
+        return self.ranks[:n]
 
     def at(self, start, n):
-        """(B, n): the n tokens of each row from start (B,) on; [MASK] before the window's first."""
-        index = start[:, None] + self.steps(n)
-        tokens = self.tokens.gather(1, index.clamp(0, self.tokens.shape[1] - 1))
-        return tokens.masked_fill(index < self.base[:, None], self.c.mask_id)
+        """(B, n): the n tokens of each row from start (B,) on."""
+        index = start[:, None] + self.ranks[:n]
+        return self.tokens.gather(1, index.clamp_(0, self.tokens.shape[1] - 1))
+
+    def shown(self, start, block):
+        """(B, w + n): what the local head sees of a block (B, n) at start (B,) and of the w tokens
+        before it: [MASK] where the window has none."""
+        index = start[:, None] - self.c.local_window + self.ranks[: self.c.local_window]
+        before = self.tokens.gather(1, index.clamp(min=0))
+        before = before.masked_fill(index < self.base[:, None], self.c.mask_id)
+        return torch.cat([before, block], dim=1)
 
     def read(self, tokens, visible=None, offsets=None, stay=0):
         """`read` with these rows' cache, counted; rows that are done keep what they have."""
@@ -413,34 +428,35 @@ class Writer:
         p = self.o.probabilities(p.log())
         return draw(p, self.generator), p
 
-    def logits(self, h, start, block, ready=None):
+    def logits(self, h, start, block):
         """(B, S, V) of a block (B, S) that stands at start (B,), from the trunk's h (B, S, C): by
         the local head, each position sees to its left what the block shows."""
         if self.model.local is not None:
-            w = self.c.local_window
-            left = torch.cat([self.at(start - w, w), block], dim=1).unfold(1, w, 1)[:, :-1].flip(2)
-            h = self.model.local(h, left, ready)
+            left = self.shown(start, block).unfold(1, self.c.local_window, 1)[:, :-1].flip(2)
+            h = self.model.local(h, left)
         return self.model.logits(h)
 
     def draw_pass(self, h, start, block, reveal):
         """Draw the positions `reveal` (B, S) bool of a block (B, S) at start (B,) in one pass, left
-        to right: each sees the tokens to its left that are visible or drawn before it.
-
-        With the noise of all draws given, all positions are drawn at once, again and again, until
-        the tokens that were shown are those that are drawn: which is what drawing one after another
-        gives, since each depends on those to its left alone. Returns the block and the
-        probabilities (B, S, V) that its tokens were drawn from.
+        to right: each sees the tokens to its left that are visible or drawn before it. Returns the
+        block and the probabilities (B, S, V) that its tokens were drawn from, 0 elsewhere.
         """
-        local = self.model.local
-        ready = None if local is None else local.ready(h)
+        local, w, S = self.model.local, self.c.local_window, block.shape[1]
         race = torch.empty(*block.shape, self.c.vocab_size, dtype=torch.float64, device=h.device)
         race.exponential_(generator=self.generator)
-        while True:
-            p = self.o.probabilities(self.logits(h, start, block, ready))
-            drawn = torch.where(reveal, (p / race).argmax(dim=-1), block)
-            if local is None or torch.equal(drawn, block):
-                return drawn, p
-            block = drawn
+        if local is None:
+            p = self.o.probabilities(self.model.logits(h))
+            return torch.where(reveal, (p / race).argmax(dim=-1), block), p
+        shown = self.shown(start, block).flip(1)  # so that left tokens stand as the head reads them
+        p = torch.zeros_like(race)
+        with torch.inference_mode():
+            part, weight = local.ready(h)
+            for i in reveal.any(dim=0).nonzero()[:, 0].tolist():
+                here = local(h[:, i], shown[:, S - i : S - i + w], (part[:, i], weight))
+                p[:, i] = now = self.o.probabilities(self.model.logits(here))
+                token = (now / race[:, i]).argmax(dim=-1)
+                shown[:, S - i - 1] = torch.where(reveal[:, i], token, shown[:, S - i - 1])
+        return shown[:, :S].flip(1), p
 
 
 def write_tokens(w):
@@ -484,16 +500,18 @@ def write_blocks(w):
         order = torch.rand(block.shape, generator=w.generator, dtype=torch.float64,
                            device=block.device)
         passes_left = S if o.rule in ("threshold", "entropy") else o.steps
-        while bool((block == mask_id).any()):
+        masked = block == mask_id
+        while bool(masked.any()):
             tokens = torch.cat([w.at(start - carry, carry), block], dim=1)
             h = w.read(tokens, both if carry else None, stay=carry)[:, carry:]
-            masked, carry = block == mask_id, 0
-            quota = -(-masked.sum(dim=1) // passes_left)
-            view = View(masked, w.logits(h, start, block), order, quota, o.tau, o.gamma)
-            new = RULES[o.rule](view)
+            carry, new = 0, masked  # the last pass reveals what is left, by every rule
+            if passes_left > 1:
+                quota = -(-masked.sum(dim=1) // passes_left)
+                view = View(masked, w.logits(h, start, block), order, quota, o.tau, o.gamma)
+                new = RULES[o.rule](view)
             block, _ = w.draw_pass(h, start, block, new)
-            passes_left -= 1
-            if not bool((block == mask_id).any()):
+            masked, passes_left = block == mask_id, passes_left - 1
+            if not bool(masked.any()):
                 w.settle(start, block, start + S)
             yield w.step(start, block, new)
         start = torch.where(w.done, start, start + S)
@@ -542,9 +560,9 @@ def write_verified(w):
     yield from first_token(w)
     behind = sorted([0, *range(o.drafts, 0, -1)][: o.branches])  # none accepted; then the most
     plans = {False: (0, [0]), True: (o.drafts, behind)}
-    plans = {k: (D, js, *verify_layout(S, D, js, device)) for k, (D, js) in plans.items()}
     if o.drafter is not None:  # it drafts from the text alone, so a pass carries no masks
-        plans = {k: (k * o.drafts, [], *verify_layout(S, k * o.drafts, [], device)) for k in plans}
+        plans = {False: (0, []), True: (o.drafts, [])}
+    plans = {k: (D, js, *verify_layout(S, D, js, device)) for k, (D, js) in plans.items()}
     reveal = ((w.steps(S) > 0) & (w.steps(S) <= o.drafts)).expand(B, S)
     drafts, count = w.tokens[:, :0], torch.zeros_like(w.length)
     q = torch.zeros(B, 0, w.c.vocab_size, dtype=torch.float64, device=device)
