@@ -134,20 +134,18 @@ def stream_parts(N, S, streams, skip, causal, device, dtype=torch.float32, chunk
     """
     sizes = [S * d for d in range(1, N // S + 1) if N // S % d == 0]
     T = max((size for size in sizes if size <= chunk), default=S)
-    seen = build_block_causal_mask(T, S, device)
-    own = seen & seen.T
-    masks = {True: seen, False: torch.cat([seen & ~own, own], dim=1)}  # clean, noisy
-    bias = {
-        clean: torch.zeros(m.shape, dtype=dtype, device=device).masked_fill_(~m, -math.inf)
-        for clean, m in masks.items()
-    }
-    parts = []
+    bias, parts = {True: None, False: None}, []  # of the clean stream, of a noisy one
+    if T > S:
+        seen = build_block_causal_mask(T, S, device)
+        own = seen & seen.T
+        for clean, m in ((True, seen), (False, torch.cat([seen & ~own, own], dim=1))):
+            blank = torch.zeros(m.shape, dtype=dtype, device=device)
+            bias[clean] = blank.masked_fill_(~m, -math.inf)
     if causal and not skip:
         parts.append(Part(View(0, 0, N, N), (View(0, 0, N, N),), None, True, True))
     for s in range(max(skip, int(causal)), streams):
         keys = [View(0, 0, N, T)] * (s == 0 or T > S) + [View(s, 0, N, T)] * (s > 0)
-        mask = bias[s == 0] if T > S else None
-        parts.append(Part(View(s - skip, 0, N, T), tuple(keys), mask, False, True))
+        parts.append(Part(View(s - skip, 0, N, T), tuple(keys), bias[s == 0], False, True))
         for a in range(T, N, T):
             before = (View(0, 0, a, a),)
             parts.append(Part(View(s - skip, a, a + T, T), before, None, False, False))
