@@ -45,7 +45,8 @@ num_samples = 1
 max_new_tokens = 500
 mode = "auto"  # gpt, block or verify; auto: verify where there is a GPT level, else block
 drafts = 0  # mode verify: drafts in a pass, 1..S-1; 0 = S - 1
-branches = 0  # mode verify: for how many numbers of accepted drafts a pass drafts on; 0 = all
+branches = 0  # mode verify: for how many numbers of accepted drafts a pass drafts on; 0 = all, but
+# on a CPU, where a pass costs by its tokens, none: a pass of its own drafts on
 # mode block
 rule = "confidence"  # random, confidence, threshold, entropy, left_to_right
 steps = 0  # K, forward passes per block, 1..S; 0 = S. threshold and entropy choose by themselves
@@ -258,7 +259,7 @@ class Sampling:
 
     mode: str = "auto"  # gpt, block, verify
     drafts: int = 0  # verify: in a pass; 0 = S - 1
-    branches: int = 0  # verify: numbers of accepted drafts for which a pass drafts on; 0 = all
+    branches: int = 0  # verify: for so many numbers of accepted drafts a pass drafts on; 0: above
     rule: str = "confidence"
     steps: int = 0  # K, passes per block; 0 = S
     temperature: float = 1.0
@@ -291,7 +292,6 @@ class Sampling:
         if self.mode == "verify" and S == 1:
             raise ValueError("mode verify needs blocks of two tokens or more: use mode gpt")
         self.steps, self.drafts = self.steps or S, self.drafts or S - 1
-        self.branches = min(self.branches or S, self.drafts + 1)
         for name in ("temperature", "top_k", "gamma"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
@@ -349,18 +349,15 @@ class Writer:
         self.front = int(c.objective == "ar")
         self.generator = torch.Generator(where).manual_seed(o.seed)
         width = max(map(len, prompts)) + max_new_tokens + 2 * c.block_size + self.front
-        self.ranks = torch.arange(max(width, c.seq_len), device=where)
+        self.ranks = torch.arange(max(width, c.seq_len, len(prompts)), device=where)
         rows = [[c.mask_id] * self.front + list(row) for row in prompts]
         self.tokens = torch.tensor([r + [c.mask_id] * (width - len(r)) for r in rows], device=where)
         self.length = torch.tensor([len(row) for row in rows], device=where)
         self.goal = self.length + max_new_tokens
         self.done, self.base = self.goal <= self.length, torch.zeros_like(self.length)
-        new = c.block_size * (1 + max(1, o.branches)) + 1  # tokens of a pass, at most
+        new = c.block_size * (1 + (o.branches or o.drafts + 1)) + 1  # tokens of a pass, at most
         dtype = wanted_dtype(model.embed.weight)
         self.cache = BlockCache(c, len(rows), c.seq_len + new, where, dtype)
-
-    def steps(self, n):
-        return self.ranks[:n]
 
     def at(self, start, n):
         """(B, n): the n tokens of each row from start (B,) on."""
@@ -379,7 +376,7 @@ class Writer:
         """`read` with these rows' cache, counted; rows that are done keep what they have."""
         self.nfe += 1
         if self.front:  # the first slot of every window holds [MASK]
-            first = (self.cache.length == 0)[:, None] & (self.steps(tokens.shape[1]) == 0)
+            first = (self.cache.length == 0)[:, None] & (self.ranks[: tokens.shape[1]] == 0)
             tokens = tokens.masked_fill(first, self.c.mask_id)
         stay = torch.where(self.done, 0, stay)
         return read(self.model, tokens, self.cache, visible, offsets, stay)
@@ -405,7 +402,7 @@ class Writer:
     def settle(self, start, new, end):
         """Write `new` (B, n) at start (B,); what lies before end (B,) is final, cut at the goal or
         before a stop token."""
-        index = start[:, None] + self.steps(new.shape[1])
+        index = start[:, None] + self.ranks[: new.shape[1]]
         new = new.masked_fill(index >= end[:, None], self.c.mask_id)
         self.tokens.scatter_(1, index.clamp(max=self.tokens.shape[1] - 1), new)
         end = torch.minimum(end, self.goal)
@@ -478,7 +475,7 @@ def first_token(w):
         return
     block = torch.full((len(start), S), w.c.mask_id, device=start.device)
     h = w.read(block)
-    first = (start == 0)[:, None] & (w.steps(S) == 0)
+    first = (start == 0)[:, None] & (w.ranks[:S] == 0)
     block, _ = w.draw_pass(h, start, block, first)
     w.settle(start, block[:, :1], start + first[:, 0])
     yield w.step(start, block[:, :1], first[:, :1])
@@ -554,26 +551,27 @@ def verify_layout(S, D, branches, device):
 
 
 def write_verified(w):
-    """Mode verify: each pass checks the drafts of the pass before, and drafts on behind every
-    number of them that may be accepted."""
+    """Mode verify: each pass checks the drafts of the pass before, and drafts on behind `branches`
+    numbers of them that may be accepted; without branches a pass of its own drafts on, behind what
+    was accepted."""
     o, S, device, B = w.o, w.c.block_size, w.tokens.device, len(w.tokens)
     yield from first_token(w)
-    behind = sorted([0, *range(o.drafts, 0, -1)][: o.branches])  # none accepted; then the most
-    plans = {False: (0, [0]), True: (o.drafts, behind)}
-    if o.drafter is not None:  # it drafts from the text alone, so a pass carries no masks
-        plans = {False: (0, []), True: (o.drafts, [])}
+    branches = o.branches or (o.drafts + 1) * (device.type != "cpu")  # long passes cost a CPU dear
+    branches = 0 if o.drafter is not None else min(branches, o.drafts + 1)
+    behind = sorted([0, *range(o.drafts, 0, -1)][:branches])  # none accepted; then the most
+    plans = {False: (0, behind[:1]), True: (o.drafts, behind)}
     plans = {k: (D, js, *verify_layout(S, D, js, device)) for k, (D, js) in plans.items()}
-    reveal = ((w.steps(S) > 0) & (w.steps(S) <= o.drafts)).expand(B, S)
+    reveal = ((w.ranks[:S] > 0) & (w.ranks[:S] <= o.drafts)).expand(B, S)
     drafts, count = w.tokens[:, :0], torch.zeros_like(w.length)
     q = torch.zeros(B, 0, w.c.vocab_size, dtype=torch.float64, device=device)
     while not bool(w.done.all()):
         start = w.length
         w.prepare(start - 1, 1)
         count = torch.minimum(count, w.base + w.c.seq_len - start)  # what gpt reads in this window
-        D, branches, visible, offsets = plans[bool((count > 0).any())]
-        masks = torch.full((B, len(branches) * S), w.c.mask_id, device=device)
-        tokens = torch.cat([w.at(start - 1, 1), drafts[:, :D], masks], dim=1)
-        h = w.read(tokens, visible, offsets)
+        D, behind, visible, offsets = plans[bool((count > 0).any())]
+        masks = torch.full((B, max(1, len(behind)) * S), w.c.mask_id, device=device)
+        tokens = [w.at(start - 1, 1), drafts[:, :D], masks[:, : len(behind) * S]]
+        h = w.read(torch.cat(tokens, dim=1), visible, offsets)
         p = o.probabilities(w.model.logits(h[:, : D + 1]))
         accepted, token = verify(drafts[:, :D], q[:, :D], p, count, w.generator)
         w.cache.length = w.cache.length + torch.where(w.done, 0, accepted + 1)
@@ -582,16 +580,18 @@ def write_verified(w):
         if o.drafter is not None:
             drafts, q = o.drafter.draft(w.tokens, w.length, o.drafts, w.draw)
             count = torch.full_like(count, o.drafts)
-        else:
-            which = torch.full((D + 1,), -1, device=device)  # the branch that drafted on, if any
-            which[branches] = torch.arange(len(branches), device=device)
-            which = which[accepted]
-            h = h[:, D + 1 :].unflatten(1, (-1, S))[torch.arange(B, device=device), which]
+        elif behind or not bool(w.done.all()):
+            if behind:  # the branch that drafted on, -1 where none did
+                which = [behind.index(j) if j in behind else -1 for j in range(D + 1)]
+                which = torch.tensor(which, device=device)[accepted]
+                h = h[:, D + 1 :].unflatten(1, (-1, S))[w.ranks[:B], which]
+            else:
+                h, which = w.read(masks), torch.zeros_like(accepted)
             block = F.pad(token[:, None], (0, S - 1), value=w.c.mask_id)
             block, q = w.draw_pass(h, start + accepted, block, reveal)
             drafts, q = block[:, 1 : o.drafts + 1], q[:, 1 : o.drafts + 1]
             count = torch.where(which >= 0, o.drafts, 0)
-        new = w.steps(D + 1) <= accepted[:, None]
+        new = w.ranks[: D + 1] <= accepted[:, None]
         yield w.step(start, text, new, accepted, drafts)
 
 
