@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import bench
 import corrupt
 import eval as evaluation
 import model as cascade
@@ -599,6 +600,25 @@ def test_compiles_whole():
                 net.stream_trunk(torch.stack([x0, x0]), index)
         assert counter.frame_count == 2, f"{attention}: {counter.frame_count} graphs"
     return f"{counter.frame_count} graphs of 4 layers, twice"
+
+
+def test_compile_auto():
+    """On a CPU compile="auto" asks for a long run and a compiler; what fails to compile runs."""
+    for minutes, cxx, wanted in ((4.5, "sh", False), (60, "sh", True), (60, "no-such", False)):
+        s = SimpleNamespace(**{**train.DEFAULTS, "device": "cpu", "max_minutes": minutes})
+        with mock.patch.dict(os.environ, CXX=cxx):
+            lines = machine.choose_machine(s)
+        assert s.compile is wanted, lines
+        assert any(line.startswith("compile ") for line in lines), lines
+
+    def broken(*_):
+        raise RuntimeError("the compiler failed")
+
+    s = SimpleNamespace(**{**train.DEFAULTS, "device": "cpu", "compile": "true"})
+    with mock.patch.object(torch, "compile", return_value=broken), bench.training(s) as run:
+        assert run.s.compile is False
+        assert run.train_step(0.0).isfinite().all()
+    return "3 choices; a failed compilation trains eager"
 
 
 def test_initialisation():
