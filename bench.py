@@ -253,10 +253,10 @@ def decode_contestants(s):
     return found, nll
 
 
-def bench_decode(s):
+def bench_decode(s, contestants=None):
     """Rows of figures, one for each batch size and mode: tokens a pass, tokens/s as a multiple of
     the AR baseline's, and the NLL of what the mode writes."""
-    found, nll = decode_contestants(s)
+    found, nll = contestants or decode_contestants(s)
     table = []
     for batch in numbers(s, "batches"):
         passes = {}
@@ -364,7 +364,7 @@ def gpu_memory(s):
 
 
 def gpu_shakespeare(s):
-    """The first steps of config/shakespeare_char.py, and what the whole run would take"""
+    """The first steps of config/shakespeare_char.py, the whole run's time, decoding in all modes"""
     chosen = override(train.DEFAULTS, ["config/shakespeare_char.py"])
     if not (data_root() / chosen["dataset"] / "meta.json").exists():
         chosen["dataset"] = "shakespeare"  # the text that ships here; the row names it
@@ -378,6 +378,15 @@ def gpu_shakespeare(s):
     yield (f"{chosen['dataset']}, {steps} steps of {run.model.count_parameters() / 1e6:.1f}M",
            f"{said} nats/token in {run.seconds:.0f} s with compiling; {whole} steps at this pace: "
            f"{run.seconds / steps * whole / 60:.1f} minutes")
+    model = type(run.model)(run.config).to(s.device)  # not compiled: decoding's shapes change
+    model.load_state_dict(run.model.state_dict())
+    block = {"mode": "block", "rule": "left_to_right", "steps": 1}
+    found = {"ar": {"mode": "gpt"}, "verify": {"mode": "verify"}, "block:1": block}
+    found, nll = {k: (model, how) for k, how in found.items()}, dict.fromkeys(found, (0.0, 0.0))
+    how = SimpleNamespace(batches="1,64", tokens=128, temperature=1.0, **vars(s) | {"json": True})
+    for r in bench_decode(how, (found, nll)):
+        yield (f"its decoding, {r['mode']} ('ar': its GPT level), batch {r['batch']}",
+               f"{r['tokens_per_s']:,.0f} tokens/s, {r['of_ar'][0]:.2f} of its GPT level's")
 
 
 GPU_LIST = (gpu_parity, gpu_train, gpu_memory, gpu_shakespeare)

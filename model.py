@@ -134,20 +134,18 @@ def stream_parts(N, S, streams, skip, causal, device, dtype=torch.float32, chunk
     """
     sizes = [S * d for d in range(1, N // S + 1) if N // S % d == 0]
     T = max((size for size in sizes if size <= chunk), default=S)
-    seen = build_block_causal_mask(T, S, device)
-    own = seen & seen.T
-    masks = {True: seen, False: torch.cat([seen & ~own, own], dim=1)}  # clean, noisy
-    bias = {
-        clean: torch.zeros(m.shape, dtype=dtype, device=device).masked_fill_(~m, -math.inf)
-        for clean, m in masks.items()
-    }
-    parts = []
+    bias, parts = {True: None, False: None}, []  # of the clean stream, of a noisy one
+    if T > S:
+        seen = build_block_causal_mask(T, S, device)
+        own = seen & seen.T
+        for clean, m in ((True, seen), (False, torch.cat([seen & ~own, own], dim=1))):
+            blank = torch.zeros(m.shape, dtype=dtype, device=device)
+            bias[clean] = blank.masked_fill_(~m, -math.inf)
     if causal and not skip:
         parts.append(Part(View(0, 0, N, N), (View(0, 0, N, N),), None, True, True))
     for s in range(max(skip, int(causal)), streams):
         keys = [View(0, 0, N, T)] * (s == 0 or T > S) + [View(s, 0, N, T)] * (s > 0)
-        mask = bias[s == 0] if T > S else None
-        parts.append(Part(View(s - skip, 0, N, T), tuple(keys), mask, False, True))
+        parts.append(Part(View(s - skip, 0, N, T), tuple(keys), bias[s == 0], False, True))
         for a in range(T, N, T):
             before = (View(0, 0, a, a),)
             parts.append(Part(View(s - skip, a, a + T, T), before, None, False, False))
@@ -192,7 +190,7 @@ def flex_stream_attention(q, k, v, block_mask):
     Uncompiled it materialises the scores, and on a CPU it has no backward: tests use it so.
     """
     streams, N = q.shape[0], q.shape[2]
-    q, k, v = (x.permute(1, 3, 0, 2, 4).flatten(2, 3) for x in (q, k, v))  # (B, H, streams * N, D)
+    q, k, v = (x.to(v.dtype).permute(1, 3, 0, 2, 4).flatten(2, 3) for x in (q, k, v))
     y = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
     return y.unflatten(2, (streams, N)).permute(2, 0, 3, 1, 4)
 
@@ -220,10 +218,12 @@ class RMSNorm(nn.Module):
 
 
 def rotary_tables(config):
-    """cos and sin, (seq_len, 1, D / 2), of position * base^(-2 d / D) for pair (d, d + D / 2)."""
+    """(cos, cos) and (-sin, sin), (seq_len, 1, D), of position * base^(-2 d / D) for the pair
+    (d, d + D / 2)."""
     d = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
     angle = torch.arange(config.seq_len, dtype=torch.float64)[:, None] * config.rope_base**-d
-    return angle.cos().float()[:, None], angle.sin().float()[:, None]
+    cos, sin = angle.cos().float()[:, None], angle.sin().float()[:, None]
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 class BlockCausalAttention(nn.Module):
@@ -243,9 +243,10 @@ class BlockCausalAttention(nn.Module):
         self.eps = config.norm_eps
 
     def turned(self, x, norm, rope):
-        """(..., N, heads * D) -> (..., N, heads, D), normed and rotated."""
+        """(..., N, heads * D) -> (..., N, heads, D), normed and rotated, float32:
+        `attend` takes it into the dtype of its kernel."""
         weight = getattr(self, norm).weight if hasattr(self, norm) else None
-        return norm_rotate(x.unflatten(-1, (-1, self.D)), weight, self.eps, *rope).to(x.dtype)
+        return norm_rotate(x.unflatten(-1, (-1, self.D)), weight, self.eps, *rope)
 
     def forward(self, h, rope, attend, skip=0):
         """h (..., N, C) -> (..., N, H * D), the input of the output projection `o`.
@@ -290,7 +291,7 @@ class CascadeBlock(nn.Module):
         y = self.attn(self.attn_norm(x), rope, attend, skip)
         x = x[skip:] if skip else x
         if index is not None:
-            x, y = x.flatten(0, -2)[index], y.flatten(0, -2)[index]
+            x, y = (t.flatten(0, -2).index_select(0, index) for t in (x, y))
         x = x + self.attn.o(y)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -315,18 +316,16 @@ class LocalHead(nn.Module):
         self.down = nn.Linear(config.local_hidden, self.C, bias=False)
 
     def ready(self, h):
-        """What does not depend on the left tokens: the parts of gate z and up z that norm(h) makes,
-        so that they serve every choice of left tokens."""
-        n = self.norm(h)
-        return [F.linear(n, layer.weight[:, : self.C]) for layer in (self.gate, self.up)]
+        """(part, weight): of [gate z, up z] what norm(h) makes, which serves every choice of left
+        tokens, (..., 2 * hidden), and the weight that the left tokens meet."""
+        both = torch.cat([self.gate.weight, self.up.weight])
+        own, weight = both.split([self.C, both.shape[1] - self.C], dim=1)
+        return F.linear(self.norm(h), own), weight
 
     def forward(self, h, left, ready=None):
         """h (..., C), left (..., w) int64, x_{i-1} first -> (..., C)."""
-        e = self.embed(left).flatten(-2)
-        gate, up = (
-            part + F.linear(e, layer.weight[:, self.C :])
-            for part, layer in zip(ready or self.ready(h), (self.gate, self.up), strict=True)
-        )
+        part, weight = ready or self.ready(h)
+        gate, up = (part + F.linear(self.embed(left).flatten(-2), weight)).chunk(2, dim=-1)
         return h + self.down(F.silu(gate) * up)
 
 
@@ -394,7 +393,7 @@ class CascadeLM(nn.Module):
         the keys that it sees. In the last layer, `skip` leading streams are left out, and of the
         others' tokens, laid end to end, only those at `index` (M,) come back, as (M, C).
         """
-        rope = self.cos[positions], self.sin[positions]  # (..., N, 1, D / 2)
+        rope = self.cos[positions], self.sin[positions]  # (..., N, 1, D)
         x = self.embed(tokens)
         for layer, block in enumerate(self.blocks):
             last = (skip, index) if layer == len(self.blocks) - 1 else ()

@@ -47,7 +47,8 @@ num_samples = 1
 max_new_tokens = 500
 mode = "auto"  # gpt, block or verify; auto: verify where there is a GPT level, else block
 drafts = 0  # mode verify: drafts in a pass, 1..S-1; 0 = S - 1
-branches = 0  # mode verify: for how many numbers of accepted drafts a pass drafts on; 0 = all
+branches = 0  # mode verify: for how many numbers of accepted drafts a pass drafts on; 0 = all, but
+# for several samples on a CPU none: a pass of its own drafts on, which is faster there
 # mode block
 rule = "confidence"  # random, confidence, threshold, entropy, left_to_right
 steps = 0  # K, forward passes per block, 1..S; 0 = S. threshold and entropy choose by themselves
@@ -154,6 +155,8 @@ def truncated_probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
     if temperature == 0:
         return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
     p = (logits / temperature).softmax(dim=-1)
+    if not 0 < top_k < p.shape[-1] and top_p >= 1.0:
+        return p
     if 0 < top_k < p.shape[-1]:
         kept = p.topk(top_k, dim=-1)
         p = torch.zeros_like(p).scatter(-1, kept.indices, kept.values)
@@ -194,6 +197,11 @@ class BlockCache:
     def capacity(self):
         return self.k.shape[2]
 
+    def bias(self, hidden):
+        """The additive mask of a bool one, which the kernel would make anew in every layer."""
+        bias = torch.zeros(hidden.shape, dtype=self.k.dtype, device=hidden.device)
+        return bias.masked_fill_(hidden, -torch.inf)
+
     def attend(self, Q, visible):
         """attend(layer, q, k, v) of Q new tokens: each sees all of its row's cached tokens, and of
         the new ones those that visible (Q, Q) bool shows; None shows all."""
@@ -206,13 +214,13 @@ class BlockCache:
         rows = torch.arange(len(slots), device=slots.device)[:, None]
         if low < high:
             behind = torch.arange(end, device=slots.device) - self.length[:, None]  # (B, end)
-            mask = (behind < Q)[:, None].repeat(1, Q, 1)
+            hidden = (behind >= Q)[:, None].repeat(1, Q, 1)
             if visible is not None:
-                inside = visible.T[behind.clamp(0, Q - 1)].mT  # (B, Q, end)
-                mask &= inside | (behind < 0)[:, None]
-            mask = mask[:, None]
+                inside = ~visible.T[behind.clamp(0, Q - 1)].mT  # (B, Q, end)
+                hidden |= inside & (behind >= 0)[:, None]
+            mask = self.bias(hidden)[:, None]
         elif visible is not None:
-            mask = F.pad(visible, (high, 0), value=True)
+            mask = F.pad(self.bias(~visible), (high, 0))
 
         def attend(layer, q, k, v):
             keys, values = self.k[layer], self.v[layer]
@@ -228,7 +236,7 @@ class BlockCache:
         return attend
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def read(model, tokens, cache, visible=None, offsets=None, stay=0):
     """One cached forward pass over new tokens (B, Q) behind those in `cache`: (B, Q, C).
 
@@ -253,7 +261,7 @@ class Sampling:
 
     mode: str = "auto"  # gpt, block, verify
     drafts: int = 0  # verify: in a pass; 0 = S - 1
-    branches: int = 0  # verify: numbers of accepted drafts for which a pass drafts on; 0 = all
+    branches: int = 0  # verify: for so many numbers of accepted drafts a pass drafts on; 0: above
     rule: str = "confidence"
     steps: int = 0  # K, passes per block; 0 = S
     temperature: float = 1.0
@@ -286,7 +294,6 @@ class Sampling:
         if self.mode == "verify" and S == 1:
             raise ValueError("mode verify needs blocks of two tokens or more: use mode gpt")
         self.steps, self.drafts = self.steps or S, self.drafts or S - 1
-        self.branches = min(self.branches or S, self.drafts + 1)
         for name in ("temperature", "top_k", "gamma"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, not {getattr(self, name)}")
@@ -345,29 +352,34 @@ class Writer:
         self.front = int(c.objective == "ar")
         self.generator = torch.Generator(where).manual_seed(o.seed)
         width = max(map(len, prompts)) + max_new_tokens + 2 * c.block_size + self.front
+        self.ranks = torch.arange(max(width, c.seq_len, len(prompts)), device=where)
         rows = [[c.mask_id] * self.front + list(row) for row in prompts]
         self.tokens = torch.tensor([r + [c.mask_id] * (width - len(r)) for r in rows], device=where)
         self.length = torch.tensor([len(row) for row in rows], device=where)
         self.goal = self.length + max_new_tokens
         self.done, self.base = self.goal <= self.length, torch.zeros_like(self.length)
-        new = c.block_size * (1 + max(1, o.branches)) + 1  # tokens of a pass, at most
+        new = c.block_size * (1 + (o.branches or o.drafts + 1)) + 1  # tokens of a pass, at most
         dtype = wanted_dtype(model.embed.weight)
         self.cache = BlockCache(c, len(rows), c.seq_len + new, where, dtype)
 
-    def steps(self, n):
-        return torch.arange(n, device=self.tokens.device)
-
     def at(self, start, n):
-        """(B, n): the n tokens of each row from start (B,) on; [MASK] before the window's first."""
-        index = start[:, None] + self.steps(n)
-        tokens = self.tokens.gather(1, index.clamp(0, self.tokens.shape[1] - 1))
-        return tokens.masked_fill(index < self.base[:, None], self.c.mask_id)
+        """(B, n): the n tokens of each row from start (B,) on."""
+        index = start[:, None] + self.ranks[:n]
+        return self.tokens.gather(1, index.clamp_(0, self.tokens.shape[1] - 1))
+
+    def shown(self, start, block):
+        """(B, w + n): what the local head sees of a block (B, n) at start (B,) and of the w tokens
+        before it: [MASK] where the window has none."""
+        index = start[:, None] - self.c.local_window + self.ranks[: self.c.local_window]
+        before = self.tokens.gather(1, index.clamp(min=0))
+        before = before.masked_fill(index < self.base[:, None], self.c.mask_id)
+        return torch.cat([before, block], dim=1)
 
     def read(self, tokens, visible=None, offsets=None, stay=0):
         """`read` with these rows' cache, counted; rows that are done keep what they have."""
         self.nfe += 1
         if self.front:  # the first slot of every window holds [MASK]
-            first = (self.cache.length == 0)[:, None] & (self.steps(tokens.shape[1]) == 0)
+            first = (self.cache.length == 0)[:, None] & (self.ranks[: tokens.shape[1]] == 0)
             tokens = tokens.masked_fill(first, self.c.mask_id)
         stay = torch.where(self.done, 0, stay)
         return read(self.model, tokens, self.cache, visible, offsets, stay)
@@ -393,7 +405,7 @@ class Writer:
     def settle(self, start, new, end):
         """Write `new` (B, n) at start (B,); what lies before end (B,) is final, cut at the goal or
         before a stop token."""
-        index = start[:, None] + self.steps(new.shape[1])
+        index = start[:, None] + self.ranks[: new.shape[1]]
         new = new.masked_fill(index >= end[:, None], self.c.mask_id)
         self.tokens.scatter_(1, index.clamp(max=self.tokens.shape[1] - 1), new)
         end = torch.minimum(end, self.goal)
@@ -416,34 +428,35 @@ class Writer:
         p = self.o.probabilities(p.log())
         return draw(p, self.generator), p
 
-    def logits(self, h, start, block, ready=None):
+    def logits(self, h, start, block):
         """(B, S, V) of a block (B, S) that stands at start (B,), from the trunk's h (B, S, C): by
         the local head, each position sees to its left what the block shows."""
         if self.model.local is not None:
-            w = self.c.local_window
-            left = torch.cat([self.at(start - w, w), block], dim=1).unfold(1, w, 1)[:, :-1].flip(2)
-            h = self.model.local(h, left, ready)
+            left = self.shown(start, block).unfold(1, self.c.local_window, 1)[:, :-1].flip(2)
+            h = self.model.local(h, left)
         return self.model.logits(h)
 
     def draw_pass(self, h, start, block, reveal):
         """Draw the positions `reveal` (B, S) bool of a block (B, S) at start (B,) in one pass, left
-        to right: each sees the tokens to its left that are visible or drawn before it.
-
-        With the noise of all draws given, all positions are drawn at once, again and again, until
-        the tokens that were shown are those that are drawn: which is what drawing one after another
-        gives, since each depends on those to its left alone. Returns the block and the
-        probabilities (B, S, V) that its tokens were drawn from.
+        to right: each sees the tokens to its left that are visible or drawn before it. Returns the
+        block and the probabilities (B, S, V) that its tokens were drawn from, 0 elsewhere.
         """
-        local = self.model.local
-        ready = None if local is None else local.ready(h)
+        local, w, S = self.model.local, self.c.local_window, block.shape[1]
         race = torch.empty(*block.shape, self.c.vocab_size, dtype=torch.float64, device=h.device)
         race.exponential_(generator=self.generator)
-        while True:
-            p = self.o.probabilities(self.logits(h, start, block, ready))
-            drawn = torch.where(reveal, (p / race).argmax(dim=-1), block)
-            if local is None or torch.equal(drawn, block):
-                return drawn, p
-            block = drawn
+        if local is None:
+            p = self.o.probabilities(self.model.logits(h))
+            return torch.where(reveal, (p / race).argmax(dim=-1), block), p
+        shown = self.shown(start, block).flip(1)  # so that left tokens stand as the head reads them
+        p = torch.zeros_like(race)
+        with torch.inference_mode():
+            part, weight = local.ready(h)
+            for i in reveal.any(dim=0).nonzero()[:, 0].tolist():
+                here = local(h[:, i], shown[:, S - i : S - i + w], (part[:, i], weight))
+                p[:, i] = now = self.o.probabilities(self.model.logits(here))
+                token = (now / race[:, i]).argmax(dim=-1)
+                shown[:, S - i - 1] = torch.where(reveal[:, i], token, shown[:, S - i - 1])
+        return shown[:, :S].flip(1), p
 
 
 def write_tokens(w):
@@ -465,7 +478,7 @@ def first_token(w):
         return
     block = torch.full((len(start), S), w.c.mask_id, device=start.device)
     h = w.read(block)
-    first = (start == 0)[:, None] & (w.steps(S) == 0)
+    first = (start == 0)[:, None] & (w.ranks[:S] == 0)
     block, _ = w.draw_pass(h, start, block, first)
     w.settle(start, block[:, :1], start + first[:, 0])
     yield w.step(start, block[:, :1], first[:, :1])
@@ -487,16 +500,18 @@ def write_blocks(w):
         order = torch.rand(block.shape, generator=w.generator, dtype=torch.float64,
                            device=block.device)
         passes_left = S if o.rule in ("threshold", "entropy") else o.steps
-        while bool((block == mask_id).any()):
+        masked = block == mask_id
+        while bool(masked.any()):
             tokens = torch.cat([w.at(start - carry, carry), block], dim=1)
             h = w.read(tokens, both if carry else None, stay=carry)[:, carry:]
-            masked, carry = block == mask_id, 0
-            quota = -(-masked.sum(dim=1) // passes_left)
-            view = View(masked, w.logits(h, start, block), order, quota, o.tau, o.gamma)
-            new = RULES[o.rule](view)
+            carry, new = 0, masked  # the last pass reveals what is left, by every rule
+            if passes_left > 1:
+                quota = -(-masked.sum(dim=1) // passes_left)
+                view = View(masked, w.logits(h, start, block), order, quota, o.tau, o.gamma)
+                new = RULES[o.rule](view)
             block, _ = w.draw_pass(h, start, block, new)
-            passes_left -= 1
-            if not bool((block == mask_id).any()):
+            masked, passes_left = block == mask_id, passes_left - 1
+            if not bool(masked.any()):
                 w.settle(start, block, start + S)
             yield w.step(start, block, new)
         start = torch.where(w.done, start, start + S)
@@ -539,26 +554,28 @@ def verify_layout(S, D, branches, device):
 
 
 def write_verified(w):
-    """Mode verify: each pass checks the drafts of the pass before, and drafts on behind every
-    number of them that may be accepted."""
+    """Mode verify: each pass checks the drafts of the pass before, and drafts on behind `branches`
+    numbers of them that may be accepted; without branches a pass of its own drafts on, behind what
+    was accepted."""
     o, S, device, B = w.o, w.c.block_size, w.tokens.device, len(w.tokens)
     yield from first_token(w)
-    behind = sorted([0, *range(o.drafts, 0, -1)][: o.branches])  # none accepted; then the most
-    plans = {False: (0, [0]), True: (o.drafts, behind)}
+    # all branches are one long pass, which costs a CPU as much as two short ones, for more rows more
+    branches = o.branches or (o.drafts + 1) * (device.type != "cpu" or B == 1)
+    branches = 0 if o.drafter is not None else min(branches, o.drafts + 1)
+    behind = sorted([0, *range(o.drafts, 0, -1)][:branches])  # none accepted; then the most
+    plans = {False: (0, behind[:1]), True: (o.drafts, behind)}
     plans = {k: (D, js, *verify_layout(S, D, js, device)) for k, (D, js) in plans.items()}
-    if o.drafter is not None:  # it drafts from the text alone, so a pass carries no masks
-        plans = {k: (k * o.drafts, [], *verify_layout(S, k * o.drafts, [], device)) for k in plans}
-    reveal = ((w.steps(S) > 0) & (w.steps(S) <= o.drafts)).expand(B, S)
+    reveal = ((w.ranks[:S] > 0) & (w.ranks[:S] <= o.drafts)).expand(B, S)
     drafts, count = w.tokens[:, :0], torch.zeros_like(w.length)
     q = torch.zeros(B, 0, w.c.vocab_size, dtype=torch.float64, device=device)
     while not bool(w.done.all()):
         start = w.length
         w.prepare(start - 1, 1)
         count = torch.minimum(count, w.base + w.c.seq_len - start)  # what gpt reads in this window
-        D, branches, visible, offsets = plans[bool((count > 0).any())]
-        masks = torch.full((B, len(branches) * S), w.c.mask_id, device=device)
-        tokens = torch.cat([w.at(start - 1, 1), drafts[:, :D], masks], dim=1)
-        h = w.read(tokens, visible, offsets)
+        D, behind, visible, offsets = plans[bool((count > 0).any())]
+        masks = torch.full((B, max(1, len(behind)) * S), w.c.mask_id, device=device)
+        tokens = [w.at(start - 1, 1), drafts[:, :D], masks[:, : len(behind) * S]]
+        h = w.read(torch.cat(tokens, dim=1), visible, offsets)
         p = o.probabilities(w.model.logits(h[:, : D + 1]))
         accepted, token = verify(drafts[:, :D], q[:, :D], p, count, w.generator)
         w.cache.length = w.cache.length + torch.where(w.done, 0, accepted + 1)
@@ -567,16 +584,18 @@ def write_verified(w):
         if o.drafter is not None:
             drafts, q = o.drafter.draft(w.tokens, w.length, o.drafts, w.draw)
             count = torch.full_like(count, o.drafts)
-        else:
-            which = torch.full((D + 1,), -1, device=device)  # the branch that drafted on, if any
-            which[branches] = torch.arange(len(branches), device=device)
-            which = which[accepted]
-            h = h[:, D + 1 :].unflatten(1, (-1, S))[torch.arange(B, device=device), which]
+        elif behind or not bool(w.done.all()):
+            if behind:  # the branch that drafted on, -1 where none did
+                which = [behind.index(j) if j in behind else -1 for j in range(D + 1)]
+                which = torch.tensor(which, device=device)[accepted]
+                h = h[:, D + 1 :].unflatten(1, (-1, S))[w.ranks[:B], which]
+            else:
+                h, which = w.read(masks), torch.zeros_like(accepted)
             block = F.pad(token[:, None], (0, S - 1), value=w.c.mask_id)
             block, q = w.draw_pass(h, start + accepted, block, reveal)
             drafts, q = block[:, 1 : o.drafts + 1], q[:, 1 : o.drafts + 1]
             count = torch.where(which >= 0, o.drafts, 0)
-        new = w.steps(D + 1) <= accepted[:, None]
+        new = w.ranks[: D + 1] <= accepted[:, None]
         shown = drafts.masked_fill(count[:, None] == 0, w.c.mask_id)  # no branch drafted on here
         yield w.step(start, text, new, accepted, shown)
 

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import bench
 import corrupt
 import eval as evaluation
 import model as cascade
@@ -349,7 +350,7 @@ def test_attention_on_other_devices():
 def test_attention_memory():
     """What training keeps for the attention's gradient grows linearly with N, masks included."""
 
-    def kept(N):
+    def kept(N, S):
         seen = {}
 
         def pack(x):
@@ -358,14 +359,17 @@ def test_attention_memory():
 
         cascade.stream_parts.cache_clear()
         ins = (torch.zeros(2, 1, N, 1, 8, requires_grad=True) for _ in range(3))
-        parts = cascade.stream_parts(N, 4, 2, 0, False, "cpu", chunk=8)
+        parts = cascade.stream_parts(N, S, 2, 0, False, "cpu", chunk=8)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             cascade.chunked_attention(*ins, parts)
         masks = {p.mask.data_ptr(): p.mask for p in parts if p.mask is not None}
         tensors = [*seen.values(), *masks.values()]
         return sum(x.untyped_storage().nbytes() for x in tensors)
 
-    growth = [kept(2 * n) / kept(n) for n in (256, 512, 1024)]
+    growth = [kept(2 * n, 4) / kept(n, 4) for n in (256, 512, 1024)]
+    cascade.build_block_causal_mask.cache_clear()
+    kept(1024, 1024)  # where every chunk is one block no mask is made, which would be of N^2
+    assert cascade.build_block_causal_mask.cache_info().currsize == 0
     return within(max(growth), 2.05, "each doubling of N keeps, times")
 
 
@@ -550,6 +554,7 @@ def test_layers_equal_formulas():
     weight = torch.randn(32, generator=generator(1), requires_grad=True)
     angle = torch.rand(5, 1, 16, generator=generator(2))
     cos, sin = angle.cos(), angle.sin()
+    tables = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
     norm = cascade.RMSNorm(32, 1e-5)
     norm.weight.data.copy_(weight.data)
 
@@ -564,7 +569,7 @@ def test_layers_equal_formulas():
     d = torch.randn(5, 3, 32, generator=generator(3))
     for turn, y, inputs in (
         (False, norm(x), (x, norm.weight)),
-        (True, kernels.norm_rotate(x, weight, 1e-5, cos, sin), (x, weight)),
+        (True, kernels.norm_rotate(x, weight, 1e-5, *tables), (x, weight)),
     ):
         worst = max(worst, diff(y, exact(turn)))
         got = torch.autograd.grad((y * d).sum(), inputs)
@@ -595,6 +600,25 @@ def test_compiles_whole():
                 net.stream_trunk(torch.stack([x0, x0]), index)
         assert counter.frame_count == 2, f"{attention}: {counter.frame_count} graphs"
     return f"{counter.frame_count} graphs of 4 layers, twice"
+
+
+def test_compile_auto():
+    """On a CPU compile="auto" asks for a long run and a compiler; what fails to compile runs."""
+    for minutes, cxx, wanted in ((4.5, "sh", False), (60, "sh", True), (60, "no-such", False)):
+        s = SimpleNamespace(**{**train.DEFAULTS, "device": "cpu", "max_minutes": minutes})
+        with mock.patch.dict(os.environ, CXX=cxx):
+            lines = machine.choose_machine(s)
+        assert s.compile is wanted, lines
+        assert any(line.startswith("compile ") for line in lines), lines
+
+    def broken(*_):
+        raise RuntimeError("the compiler failed")
+
+    s = SimpleNamespace(**{**train.DEFAULTS, "device": "cpu", "compile": "true"})
+    with mock.patch.object(torch, "compile", return_value=broken), bench.training(s) as run:
+        assert run.s.compile is False
+        assert run.train_step(0.0).isfinite().all()
+    return "3 choices; a failed compilation trains eager"
 
 
 def test_initialisation():
@@ -1188,7 +1212,7 @@ def uncached(net, text, new, visible, offsets):
     positions = torch.cat([at, (n + offsets).clamp(max=c.seq_len - 1)])
 
     def attend(layer, q, k, v):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.to(v.dtype).transpose(1, 2) for x in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
         return y.transpose(1, 2)
 
@@ -1254,7 +1278,7 @@ def test_cache_equals_uncached():
         net = tiny_model(**shape)
         prompts = random_prompts(net, *lengths)
         for more in ({}, {"rule": "random", "steps": 2}) if mode == "block" else (
-            {}, {"branches": 2, "drafts": 2}) if mode == "verify" else ({},):
+            {}, {"branches": 3}, {"branches": 2, "drafts": 2}) if mode == "verify" else ({},):
             with Passes() as passes:
                 rows = sample.generate(net, prompts, new, mode=mode, **more)
             assert [len(r) for r in rows] == [n + new for n in lengths]
@@ -1513,14 +1537,14 @@ class Wrong:
 
 def test_verify_draws_the_gpts_distribution():
     """Modes verify and gpt, 10,000 rows or more against the GPT level's enumerated distribution:
-    temperature, top-k, top-p, few branches, a factorised block level, a drafter that is wrong,
-    which only costs passes; and the AR baseline."""
+    temperature, top-k, top-p, branches, a factorised block level, a drafter that is wrong, which
+    only costs passes; and the AR baseline."""
     ratios, passes = {}, {}
     for name, shape, options, truncation in (
-        ("verify", {}, {}, {}), ("gpt", {}, {"mode": "gpt"}, {}),
+        ("verify", {}, {}, {}), ("gpt", {}, {"mode": "gpt"}, {}), ("all", {}, {"branches": 3}, {}),
         ("top_k", {}, {}, {"top_k": 2}), ("top_p", {}, {}, {"top_p": 0.7}),
         ("temperature", {}, {}, {"temperature": 0.6}), ("w=0", {"local_window": 0}, {}, {}),
-        ("branches", {}, {"branches": 1, "drafts": 1}, {}), ("wrong", {}, {"drafter": Wrong()}, {}),
+        ("few", {}, {"branches": 1, "drafts": 1}, {}), ("wrong", {}, {"drafter": Wrong()}, {}),
         ("wrong top_p", {}, {"drafter": Wrong()}, {"top_p": 0.7, "temperature": 2.0}),
         ("slide", {"seq_len": 6}, {}, {}), ("ar", {"objective": "ar"}, {}, {}),
     ):
@@ -1535,8 +1559,8 @@ def test_verify_draws_the_gpts_distribution():
         ratios[name] = statistic / bound
         *_, last = sample.generate_stream(net, [prompt], 300, **options, **truncation)
         passes[name] = last.nfe
-    assert passes["verify"] < 0.8 * passes["gpt"], passes
-    assert passes["wrong"] > passes["verify"], passes
+    assert passes["all"] < 0.8 * passes["gpt"], passes
+    assert passes["all"] < passes["verify"] < 2 * passes["all"], passes  # drafts by its own passes
     worst = max(ratios, key=ratios.get)
     return f"chi2 / allowed = {ratios[worst]:.2f} at worst of {len(ratios)} ({worst}), allowed 1"
 
@@ -1551,21 +1575,22 @@ def test_verify_is_greedy_gpt():
         table = NGram(np.random.default_rng(0).integers(0, 11, 3000), 11, 3)
         for batch in (prompts, prompts[:1], prompts[2:3]):
             *_, plain = sample.generate_stream(net, batch, 150, mode="gpt", temperature=0)
-            for options in ({}, {"branches": 1}, {"drafts": 2, "branches": 2}, {"drafter": table}):
+            for options in ({}, {"branches": 4}, {"drafts": 2, "branches": 2}, {"drafter": table}):
                 stream = sample.generate_stream(net, batch, 150, mode="verify", temperature=0,
                                                 **options)
                 for step in stream:
                     assert step.accepted is None or (step.accepted <= step.drafts.shape[1]).all()
                 assert step.rows() == plain.rows(), (shape, len(batch), options)
-                count, saved = count + 150 * len(batch), saved + plain.nfe - step.nfe
+                count += 150 * len(batch)
+                saved += (plain.nfe - step.nfe) * bool(options)  # {}: drafts by passes of their own
     assert saved > 500, f"only {saved} passes saved"
     return f"{count} tokens, {saved} passes saved"
 
 
 def test_draw_pass_is_left_to_right():
-    """Drawing all positions at once until nothing changes is drawing them one after another with
-    the same noise, each seeing the ones before it."""
-    count = rounds = 0
+    """A joint pass draws one position after another, each seeing the ones before it, whatever other
+    rows reveal."""
+    count = 0
     for shape in (GQA, {**GQA, "block_size": 8, "local_window": 9}):
         net = tiny_model(**shape, std=0.6)
         S, V, w = net.config.block_size, 11, net.config.local_window
@@ -1576,21 +1601,19 @@ def test_draw_pass_is_left_to_right():
             block = torch.full((3, S), V)
             block[:, S - 1], reveal[:, S - 1] = 4, False  # visible already
             start, noise = writer.length, torch.Generator().set_state(writer.generator.get_state())
-            calls, logits = [], writer.logits
-            writer.logits = lambda *a: calls.append(1) or logits(*a)  # noqa: B023
             got, p = writer.draw_pass(h, start, block, reveal)
             race = torch.empty(3, S, V, dtype=torch.float64).exponential_(generator=noise)
-            shown = torch.cat([writer.at(start - w, w), block], dim=1)
+            shown = writer.shown(start, block)
             for i in range(S):
                 left = shown[:, i : i + w].flip(1)
                 q = sample.truncated_probabilities(net.logits(net.local(h[:, i], left)))
                 token = (q / race[:, i]).argmax(-1)
                 shown[:, w + i] = torch.where(reveal[:, i], token, shown[:, w + i])
-                assert diff(q, p[:, i]) < 1e-6
+                assert diff(q * reveal[:, i, None], p[:, i] * reveal[:, i, None]) < 1e-6
             assert torch.equal(got, shown[:, w:]), (shape, seed)
-            count, rounds = count + int(reveal.sum()), rounds + len(calls)
+            count += int(reveal.sum())
             assert p.dtype == torch.float64
-    return f"{count} tokens, {rounds / 40:.1f} rounds a pass"
+    return f"{count} tokens"
 
 
 def options(**given):
@@ -1889,7 +1912,7 @@ def test_eval_rules_are_the_sampler():
             count += 1
     net, logp = tiny_model(**GQA), torch.zeros(2, dtype=torch.float64)
     rows = torch.tensor(sample.generate(net, [[], []], 32, mode="gpt"))
-    with Passes() as passes:
+    with torch.no_grad(), Passes() as passes:
         rows = torch.tensor(sample.generate(net, [[], []], 32, mode="gpt"))
         first = passes[0].w.logits(passes[0].h, torch.zeros(2).long(), torch.full((2, 4), 11))[:, 0]
         each = [first, *(net.logits(p.h)[:, -1] for p in passes[1:])]

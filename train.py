@@ -35,7 +35,15 @@ from util.checkpoint import all_finite, check_out_dir, check_same, load_checkpoi
 from util.dataset import Prefetch, load_or_prepare
 from util.display import printable
 from util.log import Log, Silent
-from util.machine import Processes, Stop, autocast, choose_machine, peak_flops, train_flops
+from util.machine import (
+    Processes,
+    Stop,
+    autocast,
+    choose_machine,
+    keep_memory,
+    peak_flops,
+    train_flops,
+)
 from util.optim import lr_factor, make_optimizers
 from util.shard import gathered, load_whole, shard_model, whole
 
@@ -102,7 +110,7 @@ device = "auto"  # cuda if there is one, else cpu
 dtype = "auto"  # bfloat16 where the hardware multiplies it, else float32
 attention = "auto"  # flex on CUDA, chunk elsewhere
 shard = False  # slice weights and optimizer over the processes: for models beyond one GPU
-compile = "auto"  # torch.compile of the layers: true with flex, false elsewhere
+compile = "auto"  # torch.compile of the layers: true with flex and in long runs on a CPU
 # -------------------------------------------------------------------------------------------------
 DEFAULTS = public(dict(globals()))
 
@@ -190,6 +198,11 @@ def micro_batches(s, mask_id, split, step, rank, world):
 # ---- the run -----------------------------------------------------------------------------------
 
 
+def in_training(compiled, eager):
+    """compiled, but eager where no gradient comes: evaluation is too short to compile for."""
+    return lambda *args: (compiled if torch.is_grad_enabled() else eager)(*args)
+
+
 class Run:
     """One training run: what must survive a restart, and the steps that change it."""
 
@@ -204,6 +217,7 @@ class Run:
         processes.lock = processes.main_first(lambda: check_out_dir(s))
         torch.manual_seed(s.seed)
         torch.set_float32_matmul_precision("high")
+        keep_memory()
         self.model = CascadeLM(self.config, s.attention)
         self.score = Score(self.model, s.joint_target)
         if s.shard:
@@ -226,8 +240,7 @@ class Run:
             self.restore(load_checkpoint(Path(s.out_dir) / "last.pt"))
         self.log = processes.main_first(lambda: Log(asked, self.step)) or Silent()
         if s.compile:
-            for block in self.model.blocks:  # the forward alone: fully_shard's hooks stay outside
-                block.forward = torch.compile(block.forward, dynamic=self.dynamic_shapes())
+            self.compile()
         self.batches = Prefetch(self.make_batches)
         self.parallel = self.score
         if processes.world > 1 and not s.shard:
@@ -245,6 +258,30 @@ class Run:
         ]
         if processes.main:
             print("\n".join(lines), flush=True)
+
+    def compile(self):
+        """Compile the layers, one code for all of a shape, by trial passes that change nothing, two
+        since counts differ; their time is training time. What fails runs eager and says so."""
+        began = time.perf_counter()
+        flex = self.s.attention == "flex"  # which has no use uncompiled
+        for block in self.model.blocks:  # the forward alone: fully_shard's hooks stay outside
+            compiled = torch.compile(block.forward, dynamic=self.dynamic_shapes())
+            block.forward = compiled if flex else in_training(compiled, block.forward)
+        try:
+            for step in (self.step, self.step + 1):
+                batch = self.make_batches(step)[0]
+                *inputs, weight, share = (t.to(self.s.device) for t in batch)
+                with autocast(self.s):
+                    self.terms(self.score(*inputs), weight, share).sum().backward()
+        except Exception as e:  # of the compiler, or of the compiler that it calls
+            if flex:
+                raise
+            for block in self.model.blocks:
+                del block.forward
+            self.s.compile = False
+            print(f"compile    failed, the layers run eager: {type(e).__name__}", flush=True)
+        self.model.zero_grad(set_to_none=True)
+        self.seconds += time.perf_counter() - began
 
     def dynamic_shapes(self):
         """False where every micro-batch masks equally many tokens, None where the compiler has to

@@ -143,37 +143,39 @@ class _ByParts(torch.autograd.Function):
 
 
 def by_hand(x):
-    """A CPU, and no compiler that would fuse the plain formula."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """A CPU, a gradient to come, and no compiler that would fuse the plain formula."""
+    cpu = x.device.type == "cpu" and torch.is_grad_enabled()
+    return cpu and not torch.compiler.is_compiling()
 
 
 def inverse_rms(x, eps):
-    """1 / sqrt(mean(x^2) + eps) over the last dimension, (..., 1) float32."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    """1 / sqrt(mean(x^2) + eps) over the last dimension of x, float32: (..., 1)."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 def norm_backward(g, x, weight, scale):
-    """Gradients of x and weight, where y = n * weight with n = x * scale, scale = 1 / rms:
-    dweight = sum g n,  dx = (g weight - n mean(g weight n)) / rms."""
-    n = x * scale
-    gn = g * n
-    mean = (gn @ weight).div_(x.shape[-1]).unsqueeze(-1)
-    dx = (g * weight).addcmul_(n, mean, value=-1).mul_(scale)
-    return dx.to(x.dtype), gn.flatten(0, -2).sum(dim=0)
+    """Gradients of x and weight, where y = x * scale * weight with scale = 1 / rms, all float32:
+    dweight = sum g x scale,  dx = g weight scale - x mean(g x weight) scale^3."""
+    gx = g * x
+    mean = (gx @ weight).div_(-x.shape[-1]).unsqueeze(-1).mul_(scale**3)
+    dweight = scale.flatten() @ gx.flatten(0, -2)
+    return (g * weight).mul_(scale).addcmul_(x, mean), dweight
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, dtype):
-        scale = inverse_rms(x, eps)
+        x32 = x.float()
+        scale = inverse_rms(x32, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(dtype)
+        return (x32 * scale).mul_(weight).to(dtype)
 
     @staticmethod
     def backward(ctx, g):
         x, weight, scale = ctx.saved_tensors
-        return *norm_backward(g.float(), x, weight.float(), scale), None, None
+        dx, dweight = norm_backward(g.float(), x.float(), weight.float(), scale)
+        return dx.to(x.dtype), dweight, None, None
 
 
 def rms_norm(x, weight, eps, dtype):
@@ -184,12 +186,10 @@ def rms_norm(x, weight, eps, dtype):
 
 
 def turn(x, cos, sin):
-    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) for the two halves of the last dimension."""
-    out = torch.empty_like(x)
-    (x1, x2), (y1, y2) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=-1)
-    torch.mul(x2, cos, out=y2).addcmul_(x1, sin)
-    return out
+    """(x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) for the two halves of the last dimension, with
+    tables of its full length: (cos, cos) and (-sin, sin)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.addcmul(x * cos, torch.cat([x2, x1], dim=-1), sin)
 
 
 class _NormRotate(torch.autograd.Function):
@@ -197,23 +197,25 @@ class _NormRotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps, cos, sin):
-        scale = inverse_rms(x, eps)
+        x32 = x.float()
+        scale = inverse_rms(x32, eps)
         ctx.save_for_backward(x, weight, scale, cos, sin)
-        return turn((x * scale).mul_(weight), cos, sin)
+        return turn((x32 * scale).mul_(weight), cos, sin)
 
     @staticmethod
     def backward(ctx, g):
         x, weight, scale, cos, sin = ctx.saved_tensors
-        return *norm_backward(turn(g, cos, -sin), x, weight.float(), scale), None, None, None
+        dx, dweight = norm_backward(turn(g, cos, -sin), x.float(), weight.float(), scale)
+        return dx.to(x.dtype), dweight, None, None, None
 
 
 def norm_rotate(x, weight, eps, cos, sin):
     """rms_norm (none where weight is None), then the rotary embedding; float32.
 
-    x (..., N, H, D); cos, sin (..., N, 1, D / 2), float32 so that angles keep their precision.
+    x (..., N, H, D); cos, sin (..., N, 1, D) as `turn` takes them, float32 so that angles keep
+    their precision.
     """
     if weight is not None and by_hand(x):
         return _NormRotate.apply(x, weight, eps, cos, sin)
     x = x.float() if weight is None else F.rms_norm(x.float(), weight.shape, weight.float(), eps)
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    return turn(x, cos, sin)

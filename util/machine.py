@@ -1,7 +1,9 @@
 """The machine a script runs on: device, dtype, attention path, FLOPs, signals, and the processes
 of torchrun."""
 
+import ctypes
 import os
+import shutil
 import signal
 import time
 from contextlib import nullcontext
@@ -16,6 +18,9 @@ from util.configurator import SettingsError, first_line
 # dense bf16 matrix peaks in FLOP/s from the vendors' data sheets, for MFU; float32 products take
 # TF32 units ("high" precision), at half of that
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+# from this many minutes of training on, compiling on a CPU gains more than the time that it takes
+COMPILE_MINUTES = 20
 
 
 def cpu_multiplies_bf16():
@@ -58,6 +63,16 @@ def choose_dtype(s, device, small=False):
     return why
 
 
+def keep_memory():
+    """Let glibc keep freed memory for the next step: given back to the system, its pages are
+    cleared and mapped again, about 10 % of a small model's step on a CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)
+
+
 def autocast(s):
     """The context in which the settings' dtype is computed in."""
     on = s.dtype == "bfloat16"
@@ -77,6 +92,13 @@ def choose_machine(s, local_rank=0, world=1):
     if s.attention == "auto":
         flex = on_cuda and s.compile != "false" and not narrow
         s.attention = "flex" if flex else "chunk"
+    reason = None
+    if s.compile == "auto" and not on_cuda:
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+        found = shutil.which(compiler) is not None
+        s.compile = "true" if found and s.max_minutes >= COMPILE_MINUTES else "false"
+        reason = (f"on a CPU it pays from --max_minutes={COMPILE_MINUTES} on" if found
+                  else f"there is no C++ compiler {compiler} here")
     s.compile = s.attention == "flex" if s.compile == "auto" else s.compile == "true"
     if s.attention == "flex" and (narrow or not (on_cuda and s.compile)):
         raise SettingsError(
@@ -86,6 +108,8 @@ def choose_machine(s, local_rank=0, world=1):
             "flex": "FlexAttention with a cached block mask"}[s.attention]
     name = torch.cuda.get_device_name(s.device) if on_cuda else s.device
     found = {"device": name, "dtype": f"{s.dtype}: {why}", "attention": f"{s.attention}: {note}"}
+    if reason:
+        found["compile"] = f"{str(s.compile).lower()}: {reason}"
     return [f"{what:10s} {value}" for what, value in found.items()]
 
 
