@@ -559,7 +559,8 @@ def write_verified(w):
     was accepted."""
     o, S, device, B = w.o, w.c.block_size, w.tokens.device, len(w.tokens)
     yield from first_token(w)
-    # all branches are one long pass, which costs a CPU as much as two short ones, for more rows more
+    # all branches make one long pass, which costs a CPU as much as two short ones; of several rows
+    # three times as much
     branches = o.branches or (o.drafts + 1) * (device.type != "cpu" or B == 1)
     branches = 0 if o.drafter is not None else min(branches, o.drafts + 1)
     behind = sorted([0, *range(o.drafts, 0, -1)][:branches])  # none accepted; then the most

@@ -1548,19 +1548,19 @@ def test_verify_draws_the_gpts_distribution():
         ("wrong top_p", {}, {"drafter": Wrong()}, {"top_p": 0.7, "temperature": 2.0}),
         ("slide", {"seq_len": 6}, {}, {}), ("ar", {"objective": "ar"}, {}, {}),
     ):
-        net = tiny_model(**{**SMALL, "local_window": 2, **shape})
-        prompt = [2, 0, 1] if name != "slide" else [2, 0, 1, 1]
-        wanted = gpt_distribution(net, prompt if name != "slide" else prompt, 2 if name == "slide"
-                                  else 3, **truncation)
+        net, slide = tiny_model(**{**SMALL, "local_window": 2, **shape}), name == "slide"
+        prompt = [2, 0, 1, 1] if slide else [2, 0, 1]
+        wanted = gpt_distribution(net, prompt, 2 if slide else 3, **truncation)
         new = len(next(iter(wanted)))
         counts = drawn(net, prompt, new, 6, **options, **truncation)
         statistic, bound = chi_square(counts, wanted)
         assert statistic <= bound, f"{name}: chi2 = {statistic:.0f}, allowed {bound:.0f}"
         ratios[name] = statistic / bound
-        *_, last = sample.generate_stream(net, [prompt], 300, **options, **truncation)
+        rows = [prompt] * (2 if name == "verify" else 1)  # several rows draft by passes of their own
+        *_, last = sample.generate_stream(net, rows, 300, **options, **truncation)
         passes[name] = last.nfe
     assert passes["all"] < 0.8 * passes["gpt"], passes
-    assert passes["all"] < passes["verify"] < 2 * passes["all"], passes  # drafts by its own passes
+    assert 1.2 * passes["all"] < passes["verify"] < 2.4 * passes["all"], passes
     worst = max(ratios, key=ratios.get)
     return f"chi2 / allowed = {ratios[worst]:.2f} at worst of {len(ratios)} ({worst}), allowed 1"
 
@@ -1725,7 +1725,8 @@ def test_every_rule_and_step_count():
     finally:
         del sample.RULES["spy"]
     assert len({tuple(v.order.flatten().tolist()) for v in views}) == 4, "an order for each block"
-    assert len(views) == len(passes) == 16 and all(v.logits.shape == (2, 4, 11) for v in views)
+    assert (len(views), len(passes)) == (12, 16), "a rule is asked in all passes but the last"
+    assert all(v.logits.shape == (2, 4, 11) for v in views)
     return f"{runs} runs, {total} passes, K a block as promised"
 
 

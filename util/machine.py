@@ -5,6 +5,7 @@ import ctypes
 import os
 import shutil
 import signal
+import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
