@@ -66,7 +66,7 @@ DECODE = {
 }
 GPU = train.DEFAULTS | {
     "n_layer": 12, "n_head": 12, "n_embd": 768, "seq_len": 1024, "block_size": 16,
-    "batch_size": 16, "tie_embeddings": True, "local_hidden": 768,
+    "batch_size": 16, "tie_embeddings": True,
     "vocab_size": 50304,  # with 12 layers of 7.1M: 123.6M parameters beside the local head
     "lengths": "1024,2048,4096,8192,16384",
     "rounds": 5, "steps": 5, "shakespeare_steps": 300, "minutes": 8.0, "json": False,

@@ -43,12 +43,15 @@ class Rates(NamedTuple):
     clip_high: float = 0.8
     full_share: float = 0.0
 
-    def check(self):
-        """Raises ValueError unless rates lie in (0, 1]: a rate of 0 would leave a block no loss."""
+    def check(self, schedule):
+        """Raises ValueError unless rates lie in (0, 1], since 0 would leave a block no loss, and
+        full_share suits the schedule."""
         if not (0 < self.m_min <= 1 and 0 < self.clip_low <= self.clip_high <= 1):
             raise ValueError(f"mask rates must satisfy 0 < low <= high <= 1, not {self[:3]}")
         if not 0 <= self.full_share < 1:
             raise ValueError(f"full_share must lie in [0, 1), not {self.full_share}")
+        if self.full_share and schedule not in ("balanced", "tilted"):
+            raise ValueError(f"with {schedule} noise full_share must be 0, not {self.full_share}")
 
 
 RATES = Rates()
@@ -228,9 +231,7 @@ def check(x0, block_size, schedule, weighting, rates):
     for what, name, names in (("noise", schedule, SCHEDULES), ("weighting", weighting, WEIGHTINGS)):
         if name not in names:
             raise ValueError(f"{what} must be one of {', '.join(names)}, not {name!r}")
-    rates.check()
-    if rates.full_share and schedule not in ("balanced", "tilted"):
-        raise ValueError(f"full_share is for balanced and tilted noise, not {schedule}")
+    rates.check(schedule)
     return check_blocks(x0.shape[1], block_size)
 
 

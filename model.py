@@ -78,13 +78,13 @@ class CascadeConfig:
     qk_norm: bool = True
     context: str = "causal"  # who sees whom in the clean stream; or "block"
     local_window: int = 4  # w, the left tokens that the local head sees; 0: no local head
-    local_hidden: int = 0  # width of the local head; 0: as n_embd
+    local_hidden: int = 0  # width of the local head; 0: twice n_embd
     objective: str = "diffusion"  # or "ar": the same network as a next-token GPT and nothing else
 
     def __post_init__(self):
         if self.objective == "ar":
             self.block_size, self.context, self.local_window = 1, "causal", 0
-        self.local_hidden = self.local_hidden or self.n_embd
+        self.local_hidden = self.local_hidden or 2 * self.n_embd
         self.n_kv_head = self.n_kv_head or self.n_head
         self.n_hidden = self.n_hidden or 32 * math.ceil(self.n_embd * 8 / 3 / 32)
         check_blocks(self.seq_len, self.block_size)

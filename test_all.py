@@ -1556,7 +1556,7 @@ def test_verify_draws_the_gpts_distribution():
         statistic, bound = chi_square(counts, wanted)
         assert statistic <= bound, f"{name}: chi2 = {statistic:.0f}, allowed {bound:.0f}"
         ratios[name] = statistic / bound
-        rows = [prompt] * (2 if name == "verify" else 1)  # several rows draft by passes of their own
+        rows = [prompt] * (2 if name == "verify" else 1)  # two rows draft by passes of their own
         *_, last = sample.generate_stream(net, rows, 300, **options, **truncation)
         passes[name] = last.nfe
     assert passes["all"] < 0.8 * passes["gpt"], passes

@@ -69,10 +69,10 @@ tie_embeddings = False
 qk_norm = True
 context = "causal"  # the clean stream is a GPT; or "block", as in BD3-LM
 local_window = 4  # w, left tokens that the local head sees; 0: no local head
-local_hidden = 0  # width of the local head; 0: as n_embd
+local_hidden = 0  # width of the local head; 0: twice n_embd
 # the loss: bound + gpt_weight * next-token NLL + joint_weight * NLL of joint passes
-gpt_weight = 1.0
-joint_weight = 1.0
+gpt_weight = 3.0
+joint_weight = 2.0
 joint_target = "text"  # or "gpt": the distribution of the GPT level, not differentiated
 # the noise
 corruption = "all"  # all blocks of a sequence; or "target", one block of each
@@ -82,7 +82,7 @@ weighting = "elbo"  # or "cascade"
 m_min = 1e-3
 clip_low = 0.3
 clip_high = 0.8
-full_share = 0.0  # of the blocks, masked completely besides what the noise draws: for joint passes
+full_share = 0.5  # of the blocks, masked completely: what joint passes start from; 0 without them
 # the budget: whichever of the two ends first; 0 = no such limit
 max_steps = 5000 if _gpu else 0
 max_minutes = 0.0 if _gpu else 4.5
@@ -130,7 +130,6 @@ def resolve(s, processes):
     """Settle what `s` leaves open, refuse what cannot work; returns lines that say what and why."""
     check_settings(s, CHOICES, RANGES)
     lines = choose_machine(s, processes.local_rank, processes.world)
-    rates(s).check()
     if not s.max_steps and not s.max_minutes:
         raise SettingsError("set --max_steps or --max_minutes: an endless run has no schedule")
     if s.shard and processes.world == 1:
@@ -143,6 +142,9 @@ def resolve(s, processes):
         s.batch_size = raised
     if s.objective == "ar":
         s.block_size, s.context, s.local_window = 1, "causal", 0
+    if not s.local_window:
+        s.full_share = 0.0
+    rates(s).check(s.noise)
     if s.corruption == "target" or s.block_size == 1:
         s.copies = 1  # of a block of one token the second copy would repeat the first
     if s.corruption == "target" and (s.context, s.local_window) != ("block", 0):
