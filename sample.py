@@ -89,16 +89,19 @@ class View:
     tau: float
     gamma: float
 
-    # to six decimals: positions that are alike but for rounding are then revealed from the left
+    # a millionth a position: those that are alike but for rounding, as all are of a first block of
+    # masks, are then revealed from the left
+    def leftmost(self):
+        return 1e-6 * torch.arange(self.masked.shape[1], device=self.masked.device)
 
     def certainty(self):
         """(B, S) float64: the largest probability of each position."""
-        return self.logits.double().log_softmax(dim=-1).amax(dim=-1).exp().round(decimals=6)
+        return self.logits.double().log_softmax(dim=-1).amax(dim=-1).exp() - self.leftmost()
 
     def entropy(self):
         """(B, S) float64, in nats."""
         logp = self.logits.double().log_softmax(dim=-1)
-        return -(logp.exp() * logp).sum(dim=-1).round(decimals=6)
+        return self.leftmost() - (logp.exp() * logp).sum(dim=-1)
 
 
 def _first(key, masked, count):

@@ -547,7 +547,7 @@ def test_resume_compares():
         again = tiny_settings(folder, **s, init_from="resume")
         with at(3, fails(KeyboardInterrupt())):
             assert call_main(train, arguments(tiny_settings(folder, **s)))[0] == 130
-        for name, value in (("dtype", "bfloat16"), ("weight_decay", 0.3), ("noise", "uniform"),
+        for name, value in (("dtype", "bfloat16"), ("weight_decay", 0.3), ("noise", "balanced"),
                             ("beta2", 0.9), ("copies", 1), ("warmup_steps", 9), ("grad_clip", 2)):
             refuses_command(train, arguments({**again, name: value}), "other settings", name)
         text = "".join("abcdef\n"[i] for i in (torch.arange(4000) ** 2 // 5 % 7).tolist())

@@ -159,7 +159,7 @@ def norm_backward(g, x, weight, scale):
     dweight = sum g x scale,  dx = g weight scale - x mean(g x weight) scale^3."""
     gx = g * x
     mean = (gx @ weight).div_(-x.shape[-1]).unsqueeze(-1).mul_(scale**3)
-    dweight = scale.flatten() @ gx.flatten(0, -2)
+    dweight = gx.flatten(0, -2).mT.mv(scale.flatten())
     return (g * weight).mul_(scale).addcmul_(x, mean), dweight
 
 
