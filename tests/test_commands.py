@@ -29,12 +29,13 @@ from tests.common import (
     TINY,
     Skip,
     arguments,
-    call_main,
     checkpoint_folder,
     command,
     generator,
+    read_log,
     refuses,
     refuses_command,
+    succeeds,
     tiny_model,
     train_tiny,
     within,
@@ -62,16 +63,9 @@ def trained():
     return Path(keeper.name), keeper
 
 
-def run(script, *argv):
-    """What a command prints on stdout; it must succeed and say nothing on stderr."""
-    code, said, err = call_main(script, argv)
-    assert code in (0, None) and not err, (argv, code, err)
-    return said
-
-
 def run_json(script, *argv):
     """The one JSON object, without a NaN, that a command prints with --json=true."""
-    said = run(script, *argv, "--json=true")
+    said = succeeds(script, *argv, "--json=true")
     assert said.count("\n") == 1, said
     return json.loads(said, parse_constant=lambda word: 1 / 0)
 
@@ -79,24 +73,27 @@ def run_json(script, *argv):
 def test_commands_of_the_readme():
     """The README's commands as processes, made tiny: train (which prepares the data), resume,
     sample; and the animation from another folder."""
+    steps = configurator.override(train.DEFAULTS, ["config/smoke.py"])["max_steps"] + 5
     with tempfile.TemporaryDirectory() as folder:
         # a fresh clone: the raw text is there, the prepared files are not
-        out, env = f"--out_dir={folder}/out", {"CASCADE_DATA": f"{folder}/data"}
-        code, said, err = command("train.py", "config/smoke.py", out, env=env)
-        assert code == 0 and "is not prepared yet" in said, said + err
-        assert Path(folder, "data/shakespeare/meta.json").exists()
-        for part in ("bound of the block level <= ", "NLL of the GPT level = ", " bits/byte",
-                     " tokens a pass", f"checkpoint: {folder}/out/", f"python sample.py {out}"):
+        def run(script, *argv, cwd=HERE):
+            code, said, err = command(HERE / script, *argv, f"--out_dir={folder}/out", cwd=cwd,
+                                      env={"CASCADE_DATA": f"{folder}/data"})
+            assert code == 0, said + err
+            return said
+
+        said = run("train.py", "config/smoke.py")
+        for part in ("is not prepared yet", "bound of the block level <= ", " bits/byte",
+                     "NLL of the GPT level = ", " tokens a pass", f"checkpoint: {folder}/out/",
+                     f"python sample.py --out_dir={folder}/out"):
             assert part in re.sub(" +", " ", said), f"{part!r} is missing in: {said}"
-        steps = configurator.override(train.DEFAULTS, ["config/smoke.py"])["max_steps"] + 5
-        code, said, err = command("train.py", "config/smoke.py", out, "--init_from=resume",
-                                  f"--max_steps={steps}", env=env)
-        assert code == 0 and f"{steps} steps" in said, said + err
-        code, said, err = command("sample.py", out, "--prompt=KING.", "--max_new_tokens=30",
-                                  env=env)
-        assert code == 0 and said.startswith("KING.") and len(said) == 5 + 30 + 1, (said, err)
-        code, said, err = command(f"{HERE}/tools/animate.py", out, "--svg=a.svg", cwd=folder)
-        assert code == 0 and Path(folder, "a.svg").exists(), err
+        assert Path(folder, "data/shakespeare/meta.json").exists()
+        said = run("train.py", "config/smoke.py", "--init_from=resume", f"--max_steps={steps}")
+        assert f"{steps} steps" in said, said
+        said = run("sample.py", "--prompt=KING.", "--max_new_tokens=30")
+        assert said.startswith("KING.") and len(said) == 5 + 30 + 1, said
+        run("tools/animate.py", "--svg=a.svg", cwd=folder)
+        assert Path(folder, "a.svg").exists()
     return "train (which prepares the data), resume, sample, animate"
 
 
@@ -108,8 +105,8 @@ def printed(folder, net, tokenizer, given, prompt, samples, argv, **options):
     if samples > 1:
         texts = [f"--- sample {i + 1} of {samples}\n{text}" for i, text in enumerate(texts)]
     with mock.patch("sys.stdin", io.StringIO(prompt)):
-        said = run(sample, f"--out_dir={folder}", "--max_new_tokens=20", "--device=cpu", *argv,
-                   f"--prompt={given.format(folder)}", f"--num_samples={samples}")
+        said = succeeds(sample, f"--out_dir={folder}", "--max_new_tokens=20", "--device=cpu",
+                        *argv, f"--prompt={given.format(folder)}", f"--num_samples={samples}")
     assert said == "".join(texts), (argv, said)
     return rows[0]
 
@@ -166,36 +163,36 @@ def test_eval_likelihood():
     definitions on text whose characters take 1 to 3 bytes; errors are those of windows."""
     folder, _ = trained()
     S4, table = f"--out_dir={folder}/S4", Path(tempfile.mkdtemp(dir=folder), "new", "table.csv")
-    said = run(evaluation, S4, f"--csv={table}", "--rule_windows=20")
+    said = succeeds(evaluation, S4, f"--csv={table}", "--rule_windows=20")
     found = run_json(evaluation, S4, "--rule_windows=20", "--batch=3")
-    row = found["rows"][0]
+    rows, saved = ({r["method"]: r for r in x} for x in (found["rows"], read_log(table)))
     val = TEXT[int(len(TEXT) * 0.75):]
     size = len(val.encode()) / len(val)
     assert 1.3 < size < 2 and abs(found["run"]["bytes_per_token"] - size) < 1e-9, size
-    for name, sign in (("gpt", " ="), ("bound", "<="), ("5-gram", " ="), ("left_to_right 1", " =")):
-        mean, error = row[name], row[f"{name}_error"]
-        line = (f"{name:20s} {sign} {mean:.4f} +- {error:.4f} nats/token  {sign} "
-                f"{mean / math.log(2) / size:.4f} bits/byte  {sign} {math.e**mean:.3f} perplexity")
+    for name, sign, passes in (("gpt", " =", 1), ("bound", "<=", None), ("5-gram", " =", None),
+                               ("left_to_right 1", " =", 0.25)):
+        r, mean, bits = rows[name], rows[name]["nll"], rows[name]["nll"] / math.log(2) / size
+        line = (f"{name:20s} {sign} {mean:.4f} +- {r['nll_error']:.4f} nats/token  {sign} "
+                f"{bits:.4f} bits/byte  {sign} {math.e**mean:.3f} perplexity")
         assert line in said, (line, said)
+        assert abs(r["bits_per_byte"] - bits) < 1e-9 and r["passes_per_token"] == passes, r
+        assert abs(float(saved[name]["nll"]) - mean) < 1e-5, (saved[name], r)
     assert "62 of 62 windows of 16 tokens" in said and "20 of 62 windows" in said, said
-    assert "the tail of 11 is left out" in said and "4.000 passes" not in said, said
-    chart = [float(x.split()[1]) for x in said.splitlines() if re.match(r" +[1-4]  \d", x)]
-    assert np.allclose(chart, row["by_k"], atol=6e-4), (chart, row["by_k"])
-    head, first = (line.split(",") for line in table.read_text().splitlines())
-    assert abs(float(dict(zip(head, first, strict=True))["bound"]) - row["bound"]) < 1e-5
+    assert "the tail of 11 is left out" in said, said
 
-    net, _ = checkpoint.load_model(folder / "S4")
-    score, x0 = evaluation.Score(net), windows_of(folder, 20)
-    each = evaluation.score_rule(score, x0, "confidence", 2)[0].numpy()
-    off = [abs(row["confidence 2"] - each.mean()),
-           abs(row["confidence 2_error"] - each.std(ddof=1) / math.sqrt(20))]
-    ar = run_json(evaluation, f"--out_dir={folder}/ar")["rows"][0]
-    net, _ = checkpoint.load_model(folder / "ar")
+    score = evaluation.Score(checkpoint.load_model(folder / "S4")[0])
+    loss, k = evaluation.score_noise(score, windows_of(folder, 0), evaluation.DEFAULTS["seed"])
+    chart = [float(x.split()[1]) for x in said.splitlines() if re.match(r" +[1-4]  \d", x)]
+    assert np.allclose(chart, [loss[k == i].mean() for i in range(1, 5)], atol=6e-4), chart
+    each = {"confidence 2": evaluation.score_rule(score, windows_of(folder, 20), "confidence", 2)[0]}
+    rows |= {r["method"]: r for r in run_json(evaluation, f"--out_dir={folder}/ar")["rows"]}
     x0 = windows_of(folder, 0)
     with torch.no_grad():
-        logits = net(torch.cat([torch.full_like(x0[:, :1], 7), x0[:, :-1]], dim=1))
-    nll = F.cross_entropy(logits.mT, x0, reduction="none").mean(dim=1).numpy()
-    off += [abs(ar["gpt"] - nll.mean()), abs(ar["gpt_error"] - nll.std(ddof=1) / math.sqrt(62))]
+        logits = checkpoint.load_model(folder / "ar")[0](F.pad(x0[:, :-1], (1, 0), value=7))
+    each["gpt"] = F.cross_entropy(logits.mT, x0, reduction="none").mean(dim=1)
+    off = [abs(rows[name]["nll"] - x.mean().item()) for name, x in each.items()]
+    off += [abs(rows[name]["nll_error"] - x.std().item() / math.sqrt(len(x)))
+            for name, x in each.items()]
     return within(max(off), 1e-5, "means and errors of two models, max|diff|")
 
 
@@ -203,12 +200,12 @@ def test_eval_jobs():
     """--exact on the windows that it says; --drafts with the control; --samples row by row."""
     folder, _ = trained()
     S4 = f"--out_dir={folder}/S4"
-    found = run_json(evaluation, S4, "--exact=true", "--exact_windows=7")["rows"][0]
+    rows = run_json(evaluation, S4, "--exact=true", "--exact_windows=7")["rows"]
+    assert [r["method"] for r in rows[:3]] == ["exact bound", "random order", "left to right"]
     net, _ = checkpoint.load_model(folder / "S4")
     wanted = evaluation.score_exact(evaluation.Score(net), windows_of(folder, 7))
-    off = max(abs(found[name] - x.mean().item()) for name, x in
-              zip(("exact bound", "random order", "left to right"), wanted, strict=True))
-    assert "exact bound above" in run(evaluation, S4, "--exact=true", "--exact_windows=7")
+    off = max(abs(r["nll"] - x.mean().item()) for r, x in zip(rows, wanted, strict=False))
+    assert "exact bound above" in succeeds(evaluation, S4, "--exact=true", "--exact_windows=7")
 
     block, control = run_json(evaluation, S4, "--drafts=true", "--num_samples=2")["rows"]
     assert (block["drafter"], control["drafter"]) == ("block level", "5-gram")
@@ -222,7 +219,7 @@ def test_eval_jobs():
     argv = [S4, "--samples=true", f"--judge={folder}/judge", "--num_samples=3", "--temperature=0",
             "--sample_tokens=30", "--rows=left_to_right:4,confidence:1,threshold:0.3,entropy:1"]
     rows = run_json(evaluation, *argv)["rows"]
-    assert f"{rows[2]['judge_nll']:.3f} +- " in run(evaluation, *argv)
+    assert f"{rows[2]['judge_nll']:.3f} +- " in succeeds(evaluation, *argv)
     names = ["held-out text", "left_to_right", "confidence", "threshold", "entropy"]
     assert [r["rule"] for r in rows] == names
     for r, o in zip(rows[1:], ({"steps": 4}, {"steps": 1}, {"tau": 0.3}, {"gamma": 1.0}),
@@ -288,7 +285,7 @@ def test_bench_commands():
         assert 0.2 < rate / product["gflop_per_s"] / r["mfu"] < 5, r
         assert 0 < r["of_ar"][1] <= r["of_ar"][0] <= r["of_ar"][2], r
     assert ar["of_ar"] == [1, 1, 1] and ours["gflop"] > ar["gflop"], (ours, ar)
-    said = run(bench, "train", *tiny)
+    said = succeeds(bench, "train", *tiny)
     assert re.search(r"\nours +[\d,]+ ", said) and re.search(r"\nar .* 1\.00 \(1\.00-1\.00", said)
 
     tiny = arguments({**TINY, "dataset": folder, "batch_size": 1})
@@ -356,7 +353,7 @@ def test_plot():
                 f"{folder}/ar/log.csv"]
         pictures = []
         for _ in range(2):
-            said = run(plot, *argv)
+            said = succeeds(plot, *argv)
             pictures.append([Path(line).read_text() for line in said.splitlines()])
     assert pictures[0] == pictures[1], "not repeatable"
     words = (("plain", "verify", "5-gram", "1/4"), ("mine: bound (\u2264)", "AR: GPT level"))
@@ -379,7 +376,7 @@ def test_animate():
     settled text; of a size that a README can carry."""
     with checkpoint_folder(CHARS.replace("!", "<")) as (folder, net, tokenizer):
         path = folder / "new" / "a.svg"
-        said = run(animate, f"--out_dir={folder}", f"--svg={path}", "--prompt=a<b", "--device=cpu")
+        said = succeeds(animate, f"--out_dir={folder}", f"--svg={path}", "--prompt=a<b", "--device=cpu")
         prompt, size = tokenizer.encode("a<b"), path.stat().st_size
         steps = list(sample.generate_stream(net, [prompt], 320, temperature=0.8))
         frames = [g for g in ElementTree.parse(path).getroot() if g.tag.endswith("}g")]
