@@ -5,7 +5,6 @@ import functools
 import io
 import json
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -184,7 +183,8 @@ def test_eval_likelihood():
     loss, k = evaluation.score_noise(score, windows_of(folder, 0), evaluation.DEFAULTS["seed"])
     chart = [float(x.split()[1]) for x in said.splitlines() if re.match(r" +[1-4]  \d", x)]
     assert np.allclose(chart, [loss[k == i].mean() for i in range(1, 5)], atol=6e-4), chart
-    each = {"confidence 2": evaluation.score_rule(score, windows_of(folder, 20), "confidence", 2)[0]}
+    each = {"confidence 2": evaluation.score_rule(score, windows_of(folder, 20),
+                                                  "confidence", 2)[0]}
     rows |= {r["method"]: r for r in run_json(evaluation, f"--out_dir={folder}/ar")["rows"]}
     x0 = windows_of(folder, 0)
     with torch.no_grad():
@@ -351,113 +351,99 @@ def test_plot():
                          "plain,1,2.1,0.01\nverify,0.3,1.65,0.01\n5-gram,,1.62,0.01\n")
         argv = [f"--frontier={table}", f"--out_dir={out}/new", f"--runs=mine:{folder}/S4,AR:"
                 f"{folder}/ar/log.csv"]
-        pictures = []
-        for _ in range(2):
-            said = succeeds(plot, *argv)
-            pictures.append([Path(line).read_text() for line in said.splitlines()])
-    assert pictures[0] == pictures[1], "not repeatable"
+        first, second = ([Path(line).read_text() for line in succeeds(plot, *argv).splitlines()]
+                         for _ in range(2))
+    assert first == second, "not repeatable"
     words = (("plain", "verify", "5-gram", "1/4"), ("mine: bound (\u2264)", "AR: GPT level"))
-    for picture, expected in zip(pictures[0], words, strict=True):
+    for picture, expected in zip(first, words, strict=True):
         assert all(f"<!-- {word} -->" in picture for word in expected), expected
     return "two figures, the same twice"
-
-
-def cells_of(line):
-    """[(style, character)] of an SVG's <text>, blanks left out."""
-    kinds = {"": PLAIN, "d": DIM, "a": BRIGHT, "o": OWN}
-    parts = [("", line.text)]
-    for part in line:
-        parts += [(part.get("class"), part.text), ("", part.tail)]
-    return [(kinds[kind], c) for kind, text in parts for c in text or "" if c.strip()]
 
 
 def test_animate():
     """A frame for each pass, cell by cell in the terminal's colours, with a caption; at the end the
     settled text; of a size that a README can carry."""
+    kinds = {"d": DIM, "a": BRIGHT, "o": OWN}
+
+    def cells_of(line):
+        """[(style, character)] of an SVG's <text>, blanks left out."""
+        parts = [(PLAIN, line.text)]
+        for part in line:
+            parts += [(kinds[part.get("class")], part.text), (PLAIN, part.tail)]
+        return [(kind, c) for kind, text in parts for c in text or "" if c.strip()]
+
     with checkpoint_folder(CHARS.replace("!", "<")) as (folder, net, tokenizer):
         path = folder / "new" / "a.svg"
-        said = succeeds(animate, f"--out_dir={folder}", f"--svg={path}", "--prompt=a<b", "--device=cpu")
+        said = succeeds(animate, f"--out_dir={folder}", f"--svg={path}", "--prompt=a<b",
+                        "--device=cpu")
         prompt, size = tokenizer.encode("a<b"), path.stat().st_size
         steps = list(sample.generate_stream(net, [prompt], 320, temperature=0.8))
         frames = [g for g in ElementTree.parse(path).getroot() if g.tag.endswith("}g")]
     assert len(frames) == len(steps) + 1 and size < 400_000, (len(frames), len(steps), size)
-    for i, (frame, step) in enumerate(zip(frames, [*steps, steps[-1]], strict=True)):
-        *lines, caption = frame
+    text = [(PLAIN, char) for char in tokenizer.decode(steps[-1].rows()[0]) if char.strip()]
+    pictures = [pictured(step, 0, tokenizer, net.config.mask_id) for step in steps]
+    for i, (*lines, caption) in enumerate(frames):
         cells = [cell for line in lines for cell in cells_of(line)]
-        if i < len(steps) - 1:
-            assert cells == pictured(step, 0, tokenizer, net.config.mask_id), (i, cells[-9:])
-        assert f"{step.nfe} passes, " in "".join(caption.itertext())
-    text = [("", char) for char in tokenizer.decode(step.rows()[0]) if char.strip()]
-    assert cells == text, "the finished text is not plain"
+        if i != len(steps) - 1:
+            assert cells == [*pictures, text][i], (i, cells[-9:])
+        nfe = steps[min(i, len(steps) - 1)].nfe
+        assert f"{nfe} passes, " in "".join(caption.itertext())
     return f"{len(frames)} frames, {said.split()[-2]} kB"
 
 
-def mistakes():
-    """(script, command line, words of the one line) of what a user may get wrong in the folder of
-    `trained()` with the additions of `spoil`."""
-    judged = "--out_dir=S4 --samples=true --num_samples=2 --judge=judge"
-    fresh = "--dataset=./ --out_dir=fresh --device=cpu --seq_len=16 --block_size=4 --max_steps=1"
-    decode = "decode --tokens=4 --windows=4 --device=cpu"
-    table = (
-        (sample, "--out_dir=S4", (
-            ("--steps=5", "steps", "1..4"), ("--steps=-1", "1..4"), ("--drafts=4", "1..3"),
-            ("--branches=5", "1..4"), ("--mode=fast", "verify"), ("--rule=best", "left_to_right"),
-            ("--tau=1.5", "tau"), ("--temperature=nan", "temperature"), ("--top_k=-2", "top_k"),
-            ("--num_samples=0", "num_samples"), ("--max_new_tokens=-5", "max_new_tokens"),
-            ("--prompt=Caps", "'Cps"), ("--stop=ab", "ab"), ("--stop=Z", "Z"), ("--prompt=-", "U"),
-            ("--prompt=FILE:no", "No such file"), ("--prompt=FILE:S4", "directory"),
-            ("--prompt=FILE:bytes.txt", "UTF-8"), ("--delay=-1", "delay"), ("--delay=nan", "delay"),
-            ("--block_size=8", "blocks of 4", "--any_block_size=true"),
-            ("--block_size=5 --any_block_size=true", "multiple"),
-            ("--setps=3", "did you mean steps"), ("--steps=many", "int"), ("steps", "--key=value"),
-            ("--out_dir=/no/such", "/no/such"), ("--out_dir=empty", "no checkpoint"))),
-        (sample, "", (("--out_dir=ar --mode=verify", "use mode gpt"),
-                      ("--out_dir=block --mode=verify", "context block", "use mode block"),
-                      ("--out_dir=block --mode=gpt", "context block", "use mode block"))),
-        (train, fresh, (
-            ("--local_window=17", "local_window", "0..seq_len"), ("--local_window=-1", "0..seq_"),
-            ("--gpt_weight=-1", "--gpt_weight must be 0 or more"), ("--gpt_weight=nan", "0 or mor"),
-            ("--joint_weight=-0.5", "--joint_weight must be 0 or more"),
-            ("--copies=3", "--copies must be one of 1, 2"), ("--context=both", "causal or block"),
-            ("--block_size=5", "multiple of block_size"))),
-        (evaluation, "--out_dir=S4", (
-            ("--exakt=true", "did you mean exact"), ("--batch=0", "--batch"),
-            ("--exact=true --samples=true", "one at a time"), ("--windows=-1", "--windows"),
-            ("--split=test", "no split 'test'"), ("--dataset=nowhere", "no dataset"),
-            ("--device=tpu", "not on this machine"), ("--samples=true", "needs --judge=DIR"),
-            ("--samples=true --judge=S4", "not autoregressive"), ("--rows=random:2", "unknown r"),
-            ("--samples=true --judge=foreign", "another vocabulary"),
-            ("--samples=true --judge=hf:/no/such", "--judge=hf:"),
-            ("--csv=held.csv --rows=confidence:1", "other columns"),
-            ("--csv=S4 --rows=confidence:1", "cannot be written"))),
-        (evaluation, judged, (
-            ("--rows=random", "rule:K"), ("--rows=best:2", "unknown rule 'best'"),
-            ("--rows=random:5", "1..4"), ("--sample_tokens=2000", "1003 tokens"))),
-        (evaluation, "", (
-            ("--out_dir=block --drafts=true", "context block"), ("--out_dir=orphan", "--dataset"),
-            ("--out_dir=ar --drafts=true", "mode gpt"), ("--out_dir=ar --exact=true", "exact out"),
-            ("--out_dir=wide --exact=true", "1,023", "left_to_right"),
-            ("--out_dir=long", "1003 tokens", "window of 4002"),
-            ("--out_dir=foreign", "another vocabulary", "char, 7"),
-            ("--out_dir=ar --samples=true --judge=ar", "the model itself"))),
-        (bench, "", (
-            ("", "decode", "train"), ("trian", "decode", "train"),
-            ("train --tokens=3", "unknown setting 'tokens'"), ("train --device=tpu", "not on this"),
-            ("memory --lengths=16,x --device=cpu", "--lengths must be numbers"),
-            ("train --rounds=0 --device=cpu", "at least 1"),
-            (f"train {fresh} --n_head=5", "not divisible"),
-            (f"{decode} --out_dir=S4 --ar_dir=ar --batches=0", "--batches must be numbers"),
-            (f"{decode} --out_dir=S4 --ar_dir=ar --modes=fast", "verify"),
-            (f"{decode} --out_dir=block --ar_dir=ar", "context block"),
-            (f"{decode} --out_dir=S4 --ar_dir=S4", "not autoregressive"))),
-        (animate, "--out_dir=S4", (("--columns=0", "--columns must be 1 or more"),
-                                   ("--svg=S4 --max_new_tokens=1", "directory"))),
-        (plot, "", (("--frontier=no.csv", "No such file", "method,passes_per_token"),
-                    ("--frontier=held.csv", "method,passes_per_token"),
-                    ("--frontier= --runs=a:no", "label:folder"))),
-    )
-    return [(script, f"{always} {argv}".split(), *words) for script, always, cases in table
-            for argv, *words in cases]
+JUDGED = "--out_dir=S4 --samples=true --num_samples=2 --judge=judge"
+FRESH = "--dataset=./ --out_dir=fresh --device=cpu --seq_len=16 --block_size=4 --max_steps=1"
+DECODE = "decode --tokens=4 --windows=4 --device=cpu"
+MISTAKES = (  # script, what all its lines begin with, (the rest of a line, words of the answer)
+    (sample, "--out_dir=S4", (
+        ("--steps=5", "steps", "1..4"), ("--tau=1.5", "tau"), ("--num_samples=0", "num_samples"),
+        ("--prompt=Caps", "'Cps"), ("--stop=ab", "ab"), ("--stop=Z", "Z"), ("--prompt=-", "U"),
+        ("--prompt=FILE:no", "No such file"), ("--prompt=FILE:S4", "directory"),
+        ("--prompt=FILE:bytes.txt", "UTF-8"), ("--delay=-1", "delay"), ("--delay=nan", "delay"),
+        ("--block_size=8", "blocks of 4", "--any_block_size=true"), ("--setps=3", "mean steps"),
+        ("--block_size=5 --any_block_size=true", "multiple"), ("--out_dir=/no/such", "/no/such"),
+        ("--out_dir=empty", "no checkpoint"), ("--out_dir=block --mode=gpt", "use mode block"))),
+    (train, FRESH, (
+        ("--local_window=17", "local_window", "0..seq_len"), ("--local_window=-1", "0..seq_"),
+        ("--gpt_weight=-1", "--gpt_weight must be 0 or more"), ("--gpt_weight=nan", "0 or mor"),
+        ("--joint_weight=-0.5", "--joint_weight must be 0 or more"),
+        ("--copies=3", "--copies must be one of 1, 2"), ("--context=both", "causal or block"))),
+    (evaluation, "--out_dir=S4", (
+        ("--exakt=true", "did you mean exact"), ("--batch=0", "--batch"),
+        ("--exact=true --samples=true", "one at a time"), ("--windows=-1", "--windows"),
+        ("--split=test", "no split 'test'"), ("--dataset=nowhere", "no dataset"),
+        ("--device=tpu", "not on this machine"), ("--samples=true", "needs --judge=DIR"),
+        ("--samples=true --judge=S4", "not autoregressive"), ("--rows=random:2", "unknown r"),
+        ("--samples=true --judge=foreign", "another vocabulary"),
+        ("--samples=true --judge=hf:/no/such", "--judge=hf:"),
+        ("--csv=held.csv --rows=confidence:1", "other columns"),
+        ("--csv=S4 --rows=confidence:1", "cannot be written"))),
+    (evaluation, JUDGED, (
+        ("--rows=random", "rule:K"), ("--rows=best:2", "unknown rule 'best'"),
+        ("--rows=random:5", "1..4"), ("--sample_tokens=2000", "1003 tokens"))),
+    (evaluation, "", (
+        ("--out_dir=block --drafts=true", "context block"), ("--out_dir=orphan", "--dataset"),
+        ("--out_dir=ar --drafts=true", "mode gpt"), ("--out_dir=ar --exact=true", "exact out"),
+        ("--out_dir=wide --exact=true", "1,023", "left_to_right"),
+        ("--out_dir=long", "1003 tokens", "window of 4002"),
+        ("--out_dir=foreign", "another vocabulary", "char, 7"),
+        ("--out_dir=ar --samples=true --judge=ar", "the model itself"))),
+    (bench, "", (
+        ("", "decode", "train"), ("trian", "decode", "train"), ("train --device=tpu", "not on t"),
+        ("train --tokens=3", "unknown setting 'tokens'"), (f"train {FRESH} --n_head=5", "visible"),
+        ("memory --lengths=16,x --device=cpu", "--lengths must be numbers"),
+        ("train --rounds=0 --device=cpu", "at least 1"),
+        (f"{DECODE} --out_dir=S4 --ar_dir=ar --batches=0", "--batches must be numbers"),
+        (f"{DECODE} --out_dir=S4 --ar_dir=ar --modes=fast", "verify"),
+        (f"{DECODE} --out_dir=block --ar_dir=ar", "context block"),
+        (f"{DECODE} --out_dir=S4 --ar_dir=S4", "not autoregressive"))),
+    (bench, "gpu", () if torch.cuda.is_available() else (("", "no CUDA device here"),)),
+    (animate, "--out_dir=S4", (("--columns=0", "--columns must be 1 or more"),
+                               ("--svg=S4 --max_new_tokens=1", "directory"))),
+    (plot, "", (("--frontier=no.csv", "No such file", "method,passes_per_token"),
+                ("--frontier=held.csv", "method,passes_per_token"),
+                ("--frontier= --runs=a:no", "label:folder"))),
+)
 
 
 def spoil(folder):
@@ -467,12 +453,12 @@ def spoil(folder):
     (folder / "empty").mkdir()
     _, state = checkpoint.load_model(folder / "S4")
     state = {k: v for k, v in state.items() if k not in ("digest", "torch", "format")}
-    wide = {"seq_len": 10, "block_size": 10}
+    foreign, wide = state["meta"] | {"chars": LETTERS[:-1] + "x"}, {"seq_len": 10, "block_size": 10}
     for name, shape, more in (
         ("wide", wide, {}), ("orphan", wide, {"settings": {}}), ("long", {"seq_len": 4002}, {}),
-        ("foreign", {"objective": "ar"}, {"meta": {**state["meta"], "chars": LETTERS[:-1] + "x"}}),
+        ("foreign", {"objective": "ar"}, {"meta": foreign}),
     ):
-        net = tiny_model(**{"vocab_size": 7, **shape})
+        net = tiny_model(vocab_size=7, **shape)
         new = {"config": asdict(net.config), "model": net.state_dict(), "optimizers": [], **more}
         (folder / name).mkdir()
         checkpoint.save_checkpoint(folder / name / "last.pt", {**state, **new})
@@ -480,21 +466,18 @@ def spoil(folder):
 
 def test_mistakes():
     """Every mistake on a command line ends in one line that says what to do, and does no harm."""
-    here, table = os.getcwd(), mistakes()
-    if not torch.cuda.is_available():
-        table.append((bench, ["gpu"], "no CUDA device here"))
+    count = 0
     with tempfile.TemporaryDirectory() as copy:
         folder = Path(shutil.copytree(trained()[0], copy, dirs_exist_ok=True))
         spoil(folder)
-        os.chdir(folder)
-        try:
-            for script, argv, *words in table:
-                with mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"))):
-                    refuses_command(script, argv, *words)
-        finally:
-            os.chdir(here)
+        with contextlib.chdir(folder):
+            for script, always, cases in MISTAKES:
+                for given, *words in cases:
+                    with mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"))):
+                        refuses_command(script, f"{always} {given}".split(), *words)
+                    count += 1
         assert not (folder / "fresh").exists(), "a refused run left a folder"
         assert (folder / "held.csv").read_text() == "a,b\n1,2\n"
     code, said, err = command("eval.py", "--out_dir=/no/such")
     assert code == 2 and not said and err.count("\n") == 1, err
-    return f"{len(table) + 1} mistakes, one line each"
+    return f"{count + 1} mistakes, one line each"
