@@ -43,8 +43,13 @@ def script(name):
     spec = importlib.util.spec_from_file_location(name, HERE / "data" / name / "prepare.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    given, inner = mock.patch.object, module.main
-    module.main = lambda argv: given(sys, "argv", ["", *argv])(dataset.run)(inner)
+    inner = module.main
+
+    def main(argv):
+        with mock.patch.object(sys, "argv", ["prepare.py", *argv]):
+            dataset.run(inner)
+
+    module.main = main
     return module
 
 

@@ -79,6 +79,10 @@ class Tokenizer:
     """Text to token ids in 0..vocab_size-1 and back. `eot` is the end-of-text id, or None."""
     kind, eot, special = None, None, False
 
+    def __init__(self, eot=True, special=False):
+        """eot: the last id is the end-of-text. special: text <|endoftext|> is encoded as it."""
+        self.eot, self.special = self.vocab_size - 1 if eot else None, special
+
     @staticmethod
     def from_meta(meta):
         """The tokenizer that a meta.json describes (as a dict). DataError if it describes none."""
@@ -140,10 +144,6 @@ class ByteTokenizer(Tokenizer):
     """The UTF-8 bytes. 255 never occurs in them, so it is the end-of-text and ids fit a byte."""
     kind, vocab_size = "byte", 256
 
-    def __init__(self, eot=True, special=False):
-        """special: encode the text <|endoftext|> as the end-of-text token, as in GPT2Tokenizer."""
-        self.eot, self.special = 255 if eot else None, special
-
     def encode_array(self, text):
         data = text.encode()
         if self.special:
@@ -168,7 +168,7 @@ class GPT2Tokenizer(Tokenizer):
          "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"))
 
     def __init__(self, eot=True, special=False):
-        """special: encode the text <|endoftext|> as the end-of-text token."""
+        super().__init__(eot, special)
         try:
             import tiktoken
         except ImportError as e:
@@ -181,12 +181,10 @@ class GPT2Tokenizer(Tokenizer):
             raise DataError("GPT-2's vocabulary is not on this machine and could not be downloaded "
                             f"({type(e).__name__}): give --bpe_dir=FOLDER with vocab.bpe and "
                             "encoder.json to data/text/prepare.py") from e
-        self.eot, self.special = self.bpe.eot_token if eot else None, special
 
     @classmethod
     def install_bpe(cls, folder):
-        """Copy vocab.bpe and encoder.json of `folder` into the cache, hashes checked (by tiktoken
-        too, whenever it reads them)."""
+        """Copy vocab.bpe and encoder.json of `folder` into the cache, hashes checked."""
         cache = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or data_root() / ".tiktoken")
         contents = {key: verified(obtain(Path(folder, name), None, name), sha256, f"GPT-2's {name}")
                     for name, key, sha256 in cls.files}
@@ -404,10 +402,8 @@ def obtain(path, url, what, instead="--input=FILE"):
     """The bytes of the file `path`, or those behind `url` where it is None; `what` names them in
     the error, `instead` the way without a network."""
     try:
-        if path is not None:
-            return Path(path).read_bytes()
-        with urlopen(url, timeout=30) as answer:
-            return answer.read()
+        with urlopen(url, timeout=30) if path is None else open(path, "rb") as file:
+            return file.read()
     except (OSError, HTTPException) as e:
         if path is None:
             raise DataError(f"cannot download {what} ({e}): fetch {url} and give {instead}") from e
