@@ -268,6 +268,9 @@ def test_data_replacing():
         old, seen, left = small_dataset(root / "mine"), [], iter([-1])
         while next(left) < 0:  # until none of the steps is the one to break off at
             new, left = (old + len(seen) + 1) % 255, itertools.count(len(seen), -1)
+            meta, link = root / "mine/meta.json", root / f"link{len(seen)}"
+            os.link(meta, link)
+            before = meta.read_bytes()
             writer = dataset.DatasetWriter(root / "mine", ByteTokenizer(), "test", 9000)
             writer.add("train", new, 9)
             writer.add("val", new[:99], 9)
@@ -275,6 +278,7 @@ def test_data_replacing():
                        for name in ("replace", "unlink", "fsync")}
             with mock.patch.multiple(os, **patches), contextlib.suppress(KeyboardInterrupt):
                 writer.finish()  # without cleaning up: as a kill leaves it
+            assert link.read_bytes() == before, "meta.json was written in place"
             found = everything(load_dataset("mine"), "train")
             assert np.array_equal(found, old) or np.array_equal(found, new), f"neither: {seen}"
             seen.append("old" if np.array_equal(found, old) else "new")
