@@ -72,6 +72,13 @@ def call_main(script, argv):
     return code, out.getvalue(), err.getvalue()
 
 
+def succeeds(script, *argv):
+    """What a script's main prints on stdout; it must succeed and say nothing on stderr."""
+    code, said, err = call_main(script, argv)
+    assert code in (0, None) and not err, (argv, code, err)
+    return said
+
+
 def refuses_command(script, argv, *words):
     """A mistake on a command line: exit code 1 or 2, one line on stderr with all of `words`."""
     code, _, said = call_main(script, argv)

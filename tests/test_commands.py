@@ -5,7 +5,6 @@ import functools
 import io
 import json
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -29,12 +28,13 @@ from tests.common import (
     TINY,
     Skip,
     arguments,
-    call_main,
     checkpoint_folder,
     command,
     generator,
+    read_log,
     refuses,
     refuses_command,
+    succeeds,
     tiny_model,
     train_tiny,
     within,
@@ -62,16 +62,9 @@ def trained():
     return Path(keeper.name), keeper
 
 
-def run(script, *argv):
-    """What a command prints on stdout; it must succeed and say nothing on stderr."""
-    code, said, err = call_main(script, argv)
-    assert code in (0, None) and not err, (argv, code, err)
-    return said
-
-
 def run_json(script, *argv):
     """The one JSON object, without a NaN, that a command prints with --json=true."""
-    said = run(script, *argv, "--json=true")
+    said = succeeds(script, *argv, "--json=true")
     assert said.count("\n") == 1, said
     return json.loads(said, parse_constant=lambda word: 1 / 0)
 
@@ -79,24 +72,27 @@ def run_json(script, *argv):
 def test_commands_of_the_readme():
     """The README's commands as processes, made tiny: train (which prepares the data), resume,
     sample; and the animation from another folder."""
+    steps = configurator.override(train.DEFAULTS, ["config/smoke.py"])["max_steps"] + 5
     with tempfile.TemporaryDirectory() as folder:
         # a fresh clone: the raw text is there, the prepared files are not
-        out, env = f"--out_dir={folder}/out", {"CASCADE_DATA": f"{folder}/data"}
-        code, said, err = command("train.py", "config/smoke.py", out, env=env)
-        assert code == 0 and "is not prepared yet" in said, said + err
-        assert Path(folder, "data/shakespeare/meta.json").exists()
-        for part in ("bound of the block level <= ", "NLL of the GPT level = ", " bits/byte",
-                     " tokens a pass", f"checkpoint: {folder}/out/", f"python sample.py {out}"):
+        def run(script, *argv, cwd=HERE):
+            code, said, err = command(HERE / script, *argv, f"--out_dir={folder}/out", cwd=cwd,
+                                      env={"CASCADE_DATA": f"{folder}/data"})
+            assert code == 0, said + err
+            return said
+
+        said = run("train.py", "config/smoke.py")
+        for part in ("is not prepared yet", "bound of the block level <= ", " bits/byte",
+                     "NLL of the GPT level = ", " tokens a pass", f"checkpoint: {folder}/out/",
+                     f"python sample.py --out_dir={folder}/out"):
             assert part in re.sub(" +", " ", said), f"{part!r} is missing in: {said}"
-        steps = configurator.override(train.DEFAULTS, ["config/smoke.py"])["max_steps"] + 5
-        code, said, err = command("train.py", "config/smoke.py", out, "--init_from=resume",
-                                  f"--max_steps={steps}", env=env)
-        assert code == 0 and f"{steps} steps" in said, said + err
-        code, said, err = command("sample.py", out, "--prompt=KING.", "--max_new_tokens=30",
-                                  env=env)
-        assert code == 0 and said.startswith("KING.") and len(said) == 5 + 30 + 1, (said, err)
-        code, said, err = command(f"{HERE}/tools/animate.py", out, "--svg=a.svg", cwd=folder)
-        assert code == 0 and Path(folder, "a.svg").exists(), err
+        assert Path(folder, "data/shakespeare/meta.json").exists()
+        said = run("train.py", "config/smoke.py", "--init_from=resume", f"--max_steps={steps}")
+        assert f"{steps} steps" in said, said
+        said = run("sample.py", "--prompt=KING.", "--max_new_tokens=30")
+        assert said.startswith("KING.") and len(said) == 5 + 30 + 1, said
+        run("tools/animate.py", "--svg=a.svg", cwd=folder)
+        assert Path(folder, "a.svg").exists()
     return "train (which prepares the data), resume, sample, animate"
 
 
@@ -108,8 +104,8 @@ def printed(folder, net, tokenizer, given, prompt, samples, argv, **options):
     if samples > 1:
         texts = [f"--- sample {i + 1} of {samples}\n{text}" for i, text in enumerate(texts)]
     with mock.patch("sys.stdin", io.StringIO(prompt)):
-        said = run(sample, f"--out_dir={folder}", "--max_new_tokens=20", "--device=cpu", *argv,
-                   f"--prompt={given.format(folder)}", f"--num_samples={samples}")
+        said = succeeds(sample, f"--out_dir={folder}", "--max_new_tokens=20", "--device=cpu",
+                        *argv, f"--prompt={given.format(folder)}", f"--num_samples={samples}")
     assert said == "".join(texts), (argv, said)
     return rows[0]
 
@@ -166,36 +162,37 @@ def test_eval_likelihood():
     definitions on text whose characters take 1 to 3 bytes; errors are those of windows."""
     folder, _ = trained()
     S4, table = f"--out_dir={folder}/S4", Path(tempfile.mkdtemp(dir=folder), "new", "table.csv")
-    said = run(evaluation, S4, f"--csv={table}", "--rule_windows=20")
+    said = succeeds(evaluation, S4, f"--csv={table}", "--rule_windows=20")
     found = run_json(evaluation, S4, "--rule_windows=20", "--batch=3")
-    row = found["rows"][0]
+    rows, saved = ({r["method"]: r for r in x} for x in (found["rows"], read_log(table)))
     val = TEXT[int(len(TEXT) * 0.75):]
     size = len(val.encode()) / len(val)
     assert 1.3 < size < 2 and abs(found["run"]["bytes_per_token"] - size) < 1e-9, size
-    for name, sign in (("gpt", " ="), ("bound", "<="), ("5-gram", " ="), ("left_to_right 1", " =")):
-        mean, error = row[name], row[f"{name}_error"]
-        line = (f"{name:20s} {sign} {mean:.4f} +- {error:.4f} nats/token  {sign} "
-                f"{mean / math.log(2) / size:.4f} bits/byte  {sign} {math.e**mean:.3f} perplexity")
+    for name, sign, passes in (("gpt", " =", 1), ("bound", "<=", None), ("5-gram", " =", None),
+                               ("left_to_right 1", " =", 0.25)):
+        r, mean, bits = rows[name], rows[name]["nll"], rows[name]["nll"] / math.log(2) / size
+        line = (f"{name:20s} {sign} {mean:.4f} +- {r['nll_error']:.4f} nats/token  {sign} "
+                f"{bits:.4f} bits/byte  {sign} {math.e**mean:.3f} perplexity")
         assert line in said, (line, said)
+        assert abs(r["bits_per_byte"] - bits) < 1e-9 and r["passes_per_token"] == passes, r
+        assert abs(float(saved[name]["nll"]) - mean) < 1e-5, (saved[name], r)
     assert "62 of 62 windows of 16 tokens" in said and "20 of 62 windows" in said, said
-    assert "the tail of 11 is left out" in said and "4.000 passes" not in said, said
-    chart = [float(x.split()[1]) for x in said.splitlines() if re.match(r" +[1-4]  \d", x)]
-    assert np.allclose(chart, row["by_k"], atol=6e-4), (chart, row["by_k"])
-    head, first = (line.split(",") for line in table.read_text().splitlines())
-    assert abs(float(dict(zip(head, first, strict=True))["bound"]) - row["bound"]) < 1e-5
+    assert "the tail of 11 is left out" in said, said
 
-    net, _ = checkpoint.load_model(folder / "S4")
-    score, x0 = evaluation.Score(net), windows_of(folder, 20)
-    each = evaluation.score_rule(score, x0, "confidence", 2)[0].numpy()
-    off = [abs(row["confidence 2"] - each.mean()),
-           abs(row["confidence 2_error"] - each.std(ddof=1) / math.sqrt(20))]
-    ar = run_json(evaluation, f"--out_dir={folder}/ar")["rows"][0]
-    net, _ = checkpoint.load_model(folder / "ar")
+    score = evaluation.Score(checkpoint.load_model(folder / "S4")[0])
+    loss, k = evaluation.score_noise(score, windows_of(folder, 0), evaluation.DEFAULTS["seed"])
+    chart = [float(x.split()[1]) for x in said.splitlines() if re.match(r" +[1-4]  \d", x)]
+    assert np.allclose(chart, [loss[k == i].mean() for i in range(1, 5)], atol=6e-4), chart
+    each = {"confidence 2": evaluation.score_rule(score, windows_of(folder, 20),
+                                                  "confidence", 2)[0]}
+    rows |= {r["method"]: r for r in run_json(evaluation, f"--out_dir={folder}/ar")["rows"]}
     x0 = windows_of(folder, 0)
     with torch.no_grad():
-        logits = net(torch.cat([torch.full_like(x0[:, :1], 7), x0[:, :-1]], dim=1))
-    nll = F.cross_entropy(logits.mT, x0, reduction="none").mean(dim=1).numpy()
-    off += [abs(ar["gpt"] - nll.mean()), abs(ar["gpt_error"] - nll.std(ddof=1) / math.sqrt(62))]
+        logits = checkpoint.load_model(folder / "ar")[0](F.pad(x0[:, :-1], (1, 0), value=7))
+    each["gpt"] = F.cross_entropy(logits.mT, x0, reduction="none").mean(dim=1)
+    off = [abs(rows[name]["nll"] - x.mean().item()) for name, x in each.items()]
+    off += [abs(rows[name]["nll_error"] - x.std().item() / math.sqrt(len(x)))
+            for name, x in each.items()]
     return within(max(off), 1e-5, "means and errors of two models, max|diff|")
 
 
@@ -203,12 +200,12 @@ def test_eval_jobs():
     """--exact on the windows that it says; --drafts with the control; --samples row by row."""
     folder, _ = trained()
     S4 = f"--out_dir={folder}/S4"
-    found = run_json(evaluation, S4, "--exact=true", "--exact_windows=7")["rows"][0]
+    rows = run_json(evaluation, S4, "--exact=true", "--exact_windows=7")["rows"]
+    assert [r["method"] for r in rows[:3]] == ["exact bound", "random order", "left to right"]
     net, _ = checkpoint.load_model(folder / "S4")
     wanted = evaluation.score_exact(evaluation.Score(net), windows_of(folder, 7))
-    off = max(abs(found[name] - x.mean().item()) for name, x in
-              zip(("exact bound", "random order", "left to right"), wanted, strict=True))
-    assert "exact bound above" in run(evaluation, S4, "--exact=true", "--exact_windows=7")
+    off = max(abs(r["nll"] - x.mean().item()) for r, x in zip(rows, wanted, strict=False))
+    assert "exact bound above" in succeeds(evaluation, S4, "--exact=true", "--exact_windows=7")
 
     block, control = run_json(evaluation, S4, "--drafts=true", "--num_samples=2")["rows"]
     assert (block["drafter"], control["drafter"]) == ("block level", "5-gram")
@@ -222,7 +219,7 @@ def test_eval_jobs():
     argv = [S4, "--samples=true", f"--judge={folder}/judge", "--num_samples=3", "--temperature=0",
             "--sample_tokens=30", "--rows=left_to_right:4,confidence:1,threshold:0.3,entropy:1"]
     rows = run_json(evaluation, *argv)["rows"]
-    assert f"{rows[2]['judge_nll']:.3f} +- " in run(evaluation, *argv)
+    assert f"{rows[2]['judge_nll']:.3f} +- " in succeeds(evaluation, *argv)
     names = ["held-out text", "left_to_right", "confidence", "threshold", "entropy"]
     assert [r["rule"] for r in rows] == names
     for r, o in zip(rows[1:], ({"steps": 4}, {"steps": 1}, {"tau": 0.3}, {"gamma": 1.0}),
@@ -288,7 +285,7 @@ def test_bench_commands():
         assert 0.2 < rate / product["gflop_per_s"] / r["mfu"] < 5, r
         assert 0 < r["of_ar"][1] <= r["of_ar"][0] <= r["of_ar"][2], r
     assert ar["of_ar"] == [1, 1, 1] and ours["gflop"] > ar["gflop"], (ours, ar)
-    said = run(bench, "train", *tiny)
+    said = succeeds(bench, "train", *tiny)
     assert re.search(r"\nours +[\d,]+ ", said) and re.search(r"\nar .* 1\.00 \(1\.00-1\.00", said)
 
     tiny = arguments({**TINY, "dataset": folder, "batch_size": 1})
@@ -354,113 +351,99 @@ def test_plot():
                          "plain,1,2.1,0.01\nverify,0.3,1.65,0.01\n5-gram,,1.62,0.01\n")
         argv = [f"--frontier={table}", f"--out_dir={out}/new", f"--runs=mine:{folder}/S4,AR:"
                 f"{folder}/ar/log.csv"]
-        pictures = []
-        for _ in range(2):
-            said = run(plot, *argv)
-            pictures.append([Path(line).read_text() for line in said.splitlines()])
-    assert pictures[0] == pictures[1], "not repeatable"
+        first, second = ([Path(line).read_text() for line in succeeds(plot, *argv).splitlines()]
+                         for _ in range(2))
+    assert first == second, "not repeatable"
     words = (("plain", "verify", "5-gram", "1/4"), ("mine: bound (\u2264)", "AR: GPT level"))
-    for picture, expected in zip(pictures[0], words, strict=True):
+    for picture, expected in zip(first, words, strict=True):
         assert all(f"<!-- {word} -->" in picture for word in expected), expected
     return "two figures, the same twice"
-
-
-def cells_of(line):
-    """[(style, character)] of an SVG's <text>, blanks left out."""
-    kinds = {"": PLAIN, "d": DIM, "a": BRIGHT, "o": OWN}
-    parts = [("", line.text)]
-    for part in line:
-        parts += [(part.get("class"), part.text), ("", part.tail)]
-    return [(kinds[kind], c) for kind, text in parts for c in text or "" if c.strip()]
 
 
 def test_animate():
     """A frame for each pass, cell by cell in the terminal's colours, with a caption; at the end the
     settled text; of a size that a README can carry."""
+    kinds = {"d": DIM, "a": BRIGHT, "o": OWN}
+
+    def cells_of(line):
+        """[(style, character)] of an SVG's <text>, blanks left out."""
+        parts = [(PLAIN, line.text)]
+        for part in line:
+            parts += [(kinds[part.get("class")], part.text), (PLAIN, part.tail)]
+        return [(kind, c) for kind, text in parts for c in text or "" if c.strip()]
+
     with checkpoint_folder(CHARS.replace("!", "<")) as (folder, net, tokenizer):
         path = folder / "new" / "a.svg"
-        said = run(animate, f"--out_dir={folder}", f"--svg={path}", "--prompt=a<b", "--device=cpu")
+        said = succeeds(animate, f"--out_dir={folder}", f"--svg={path}", "--prompt=a<b",
+                        "--device=cpu")
         prompt, size = tokenizer.encode("a<b"), path.stat().st_size
         steps = list(sample.generate_stream(net, [prompt], 320, temperature=0.8))
         frames = [g for g in ElementTree.parse(path).getroot() if g.tag.endswith("}g")]
     assert len(frames) == len(steps) + 1 and size < 400_000, (len(frames), len(steps), size)
-    for i, (frame, step) in enumerate(zip(frames, [*steps, steps[-1]], strict=True)):
-        *lines, caption = frame
+    text = [(PLAIN, char) for char in tokenizer.decode(steps[-1].rows()[0]) if char.strip()]
+    pictures = [pictured(step, 0, tokenizer, net.config.mask_id) for step in steps]
+    for i, (*lines, caption) in enumerate(frames):
         cells = [cell for line in lines for cell in cells_of(line)]
-        if i < len(steps) - 1:
-            assert cells == pictured(step, 0, tokenizer, net.config.mask_id), (i, cells[-9:])
-        assert f"{step.nfe} passes, " in "".join(caption.itertext())
-    text = [("", char) for char in tokenizer.decode(step.rows()[0]) if char.strip()]
-    assert cells == text, "the finished text is not plain"
+        if i != len(steps) - 1:
+            assert cells == [*pictures, text][i], (i, cells[-9:])
+        nfe = steps[min(i, len(steps) - 1)].nfe
+        assert f"{nfe} passes, " in "".join(caption.itertext())
     return f"{len(frames)} frames, {said.split()[-2]} kB"
 
 
-def mistakes():
-    """(script, command line, words of the one line) of what a user may get wrong in the folder of
-    `trained()` with the additions of `spoil`."""
-    judged = "--out_dir=S4 --samples=true --num_samples=2 --judge=judge"
-    fresh = "--dataset=./ --out_dir=fresh --device=cpu --seq_len=16 --block_size=4 --max_steps=1"
-    decode = "decode --tokens=4 --windows=4 --device=cpu"
-    table = (
-        (sample, "--out_dir=S4", (
-            ("--steps=5", "steps", "1..4"), ("--steps=-1", "1..4"), ("--drafts=4", "1..3"),
-            ("--branches=5", "1..4"), ("--mode=fast", "verify"), ("--rule=best", "left_to_right"),
-            ("--tau=1.5", "tau"), ("--temperature=nan", "temperature"), ("--top_k=-2", "top_k"),
-            ("--num_samples=0", "num_samples"), ("--max_new_tokens=-5", "max_new_tokens"),
-            ("--prompt=Caps", "'Cps"), ("--stop=ab", "ab"), ("--stop=Z", "Z"), ("--prompt=-", "U"),
-            ("--prompt=FILE:no", "No such file"), ("--prompt=FILE:S4", "directory"),
-            ("--prompt=FILE:bytes.txt", "UTF-8"), ("--delay=-1", "delay"), ("--delay=nan", "delay"),
-            ("--block_size=8", "blocks of 4", "--any_block_size=true"),
-            ("--block_size=5 --any_block_size=true", "multiple"),
-            ("--setps=3", "did you mean steps"), ("--steps=many", "int"), ("steps", "--key=value"),
-            ("--out_dir=/no/such", "/no/such"), ("--out_dir=empty", "no checkpoint"))),
-        (sample, "", (("--out_dir=ar --mode=verify", "use mode gpt"),
-                      ("--out_dir=block --mode=verify", "context block", "use mode block"),
-                      ("--out_dir=block --mode=gpt", "context block", "use mode block"))),
-        (train, fresh, (
-            ("--local_window=17", "local_window", "0..seq_len"), ("--local_window=-1", "0..seq_"),
-            ("--gpt_weight=-1", "--gpt_weight must be 0 or more"), ("--gpt_weight=nan", "0 or mor"),
-            ("--joint_weight=-0.5", "--joint_weight must be 0 or more"),
-            ("--copies=3", "--copies must be one of 1, 2"), ("--context=both", "causal or block"),
-            ("--block_size=5", "multiple of block_size"))),
-        (evaluation, "--out_dir=S4", (
-            ("--exakt=true", "did you mean exact"), ("--batch=0", "--batch"),
-            ("--exact=true --samples=true", "one at a time"), ("--windows=-1", "--windows"),
-            ("--split=test", "no split 'test'"), ("--dataset=nowhere", "no dataset"),
-            ("--device=tpu", "not on this machine"), ("--samples=true", "needs --judge=DIR"),
-            ("--samples=true --judge=S4", "not autoregressive"), ("--rows=random:2", "unknown r"),
-            ("--samples=true --judge=foreign", "another vocabulary"),
-            ("--samples=true --judge=hf:/no/such", "--judge=hf:"),
-            ("--csv=held.csv --rows=confidence:1", "other columns"),
-            ("--csv=S4 --rows=confidence:1", "cannot be written"))),
-        (evaluation, judged, (
-            ("--rows=random", "rule:K"), ("--rows=best:2", "unknown rule 'best'"),
-            ("--rows=random:5", "1..4"), ("--sample_tokens=2000", "1003 tokens"))),
-        (evaluation, "", (
-            ("--out_dir=block --drafts=true", "context block"), ("--out_dir=orphan", "--dataset"),
-            ("--out_dir=ar --drafts=true", "mode gpt"), ("--out_dir=ar --exact=true", "exact out"),
-            ("--out_dir=wide --exact=true", "1,023", "left_to_right"),
-            ("--out_dir=long", "1003 tokens", "window of 4002"),
-            ("--out_dir=foreign", "another vocabulary", "char, 7"),
-            ("--out_dir=ar --samples=true --judge=ar", "the model itself"))),
-        (bench, "", (
-            ("", "decode", "train"), ("trian", "decode", "train"),
-            ("train --tokens=3", "unknown setting 'tokens'"), ("train --device=tpu", "not on this"),
-            ("memory --lengths=16,x --device=cpu", "--lengths must be numbers"),
-            ("train --rounds=0 --device=cpu", "at least 1"),
-            (f"train {fresh} --n_head=5", "not divisible"),
-            (f"{decode} --out_dir=S4 --ar_dir=ar --batches=0", "--batches must be numbers"),
-            (f"{decode} --out_dir=S4 --ar_dir=ar --modes=fast", "verify"),
-            (f"{decode} --out_dir=block --ar_dir=ar", "context block"),
-            (f"{decode} --out_dir=S4 --ar_dir=S4", "not autoregressive"))),
-        (animate, "--out_dir=S4", (("--columns=0", "--columns must be 1 or more"),
-                                   ("--svg=S4 --max_new_tokens=1", "directory"))),
-        (plot, "", (("--frontier=no.csv", "No such file", "method,passes_per_token"),
-                    ("--frontier=held.csv", "method,passes_per_token"),
-                    ("--frontier= --runs=a:no", "label:folder"))),
-    )
-    return [(script, f"{always} {argv}".split(), *words) for script, always, cases in table
-            for argv, *words in cases]
+JUDGED = "--out_dir=S4 --samples=true --num_samples=2 --judge=judge"
+FRESH = "--dataset=./ --out_dir=fresh --device=cpu --seq_len=16 --block_size=4 --max_steps=1"
+DECODE = "decode --tokens=4 --windows=4 --device=cpu"
+MISTAKES = (  # script, what all its lines begin with, (the rest of a line, words of the answer)
+    (sample, "--out_dir=S4", (
+        ("--steps=5", "steps", "1..4"), ("--tau=1.5", "tau"), ("--num_samples=0", "num_samples"),
+        ("--prompt=Caps", "'Cps"), ("--stop=ab", "ab"), ("--stop=Z", "Z"), ("--prompt=-", "U"),
+        ("--prompt=FILE:no", "No such file"), ("--prompt=FILE:S4", "directory"),
+        ("--prompt=FILE:bytes.txt", "UTF-8"), ("--delay=-1", "delay"), ("--delay=nan", "delay"),
+        ("--block_size=8", "blocks of 4", "--any_block_size=true"), ("--setps=3", "mean steps"),
+        ("--block_size=5 --any_block_size=true", "multiple"), ("--out_dir=/no/such", "/no/such"),
+        ("--out_dir=empty", "no checkpoint"), ("--out_dir=block --mode=gpt", "use mode block"))),
+    (train, FRESH, (
+        ("--local_window=17", "local_window", "0..seq_len"), ("--local_window=-1", "0..seq_"),
+        ("--gpt_weight=-1", "--gpt_weight must be 0 or more"), ("--gpt_weight=nan", "0 or mor"),
+        ("--joint_weight=-0.5", "--joint_weight must be 0 or more"),
+        ("--copies=3", "--copies must be one of 1, 2"), ("--context=both", "causal or block"))),
+    (evaluation, "--out_dir=S4", (
+        ("--exakt=true", "did you mean exact"), ("--batch=0", "--batch"),
+        ("--exact=true --samples=true", "one at a time"), ("--windows=-1", "--windows"),
+        ("--split=test", "no split 'test'"), ("--dataset=nowhere", "no dataset"),
+        ("--device=tpu", "not on this machine"), ("--samples=true", "needs --judge=DIR"),
+        ("--samples=true --judge=S4", "not autoregressive"), ("--rows=random:2", "unknown r"),
+        ("--samples=true --judge=foreign", "another vocabulary"),
+        ("--samples=true --judge=hf:/no/such", "--judge=hf:"),
+        ("--csv=held.csv --rows=confidence:1", "other columns"),
+        ("--csv=S4 --rows=confidence:1", "cannot be written"))),
+    (evaluation, JUDGED, (
+        ("--rows=random", "rule:K"), ("--rows=best:2", "unknown rule 'best'"),
+        ("--rows=random:5", "1..4"), ("--sample_tokens=2000", "1003 tokens"))),
+    (evaluation, "", (
+        ("--out_dir=block --drafts=true", "context block"), ("--out_dir=orphan", "--dataset"),
+        ("--out_dir=ar --drafts=true", "mode gpt"), ("--out_dir=ar --exact=true", "exact out"),
+        ("--out_dir=wide --exact=true", "1,023", "left_to_right"),
+        ("--out_dir=long", "1003 tokens", "window of 4002"),
+        ("--out_dir=foreign", "another vocabulary", "char, 7"),
+        ("--out_dir=ar --samples=true --judge=ar", "the model itself"))),
+    (bench, "", (
+        ("", "decode", "train"), ("trian", "decode", "train"), ("train --device=tpu", "not on t"),
+        ("train --tokens=3", "unknown setting 'tokens'"), (f"train {FRESH} --n_head=5", "visible"),
+        ("memory --lengths=16,x --device=cpu", "--lengths must be numbers"),
+        ("train --rounds=0 --device=cpu", "at least 1"),
+        (f"{DECODE} --out_dir=S4 --ar_dir=ar --batches=0", "--batches must be numbers"),
+        (f"{DECODE} --out_dir=S4 --ar_dir=ar --modes=fast", "verify"),
+        (f"{DECODE} --out_dir=block --ar_dir=ar", "context block"),
+        (f"{DECODE} --out_dir=S4 --ar_dir=S4", "not autoregressive"))),
+    (bench, "gpu", () if torch.cuda.is_available() else (("", "no CUDA device here"),)),
+    (animate, "--out_dir=S4", (("--columns=0", "--columns must be 1 or more"),
+                               ("--svg=S4 --max_new_tokens=1", "directory"))),
+    (plot, "", (("--frontier=no.csv", "No such file", "method,passes_per_token"),
+                ("--frontier=held.csv", "method,passes_per_token"),
+                ("--frontier= --runs=a:no", "label:folder"))),
+)
 
 
 def spoil(folder):
@@ -470,12 +453,12 @@ def spoil(folder):
     (folder / "empty").mkdir()
     _, state = checkpoint.load_model(folder / "S4")
     state = {k: v for k, v in state.items() if k not in ("digest", "torch", "format")}
-    wide = {"seq_len": 10, "block_size": 10}
+    foreign, wide = state["meta"] | {"chars": LETTERS[:-1] + "x"}, {"seq_len": 10, "block_size": 10}
     for name, shape, more in (
         ("wide", wide, {}), ("orphan", wide, {"settings": {}}), ("long", {"seq_len": 4002}, {}),
-        ("foreign", {"objective": "ar"}, {"meta": {**state["meta"], "chars": LETTERS[:-1] + "x"}}),
+        ("foreign", {"objective": "ar"}, {"meta": foreign}),
     ):
-        net = tiny_model(**{"vocab_size": 7, **shape})
+        net = tiny_model(vocab_size=7, **shape)
         new = {"config": asdict(net.config), "model": net.state_dict(), "optimizers": [], **more}
         (folder / name).mkdir()
         checkpoint.save_checkpoint(folder / name / "last.pt", {**state, **new})
@@ -483,21 +466,18 @@ def spoil(folder):
 
 def test_mistakes():
     """Every mistake on a command line ends in one line that says what to do, and does no harm."""
-    here, table = os.getcwd(), mistakes()
-    if not torch.cuda.is_available():
-        table.append((bench, ["gpu"], "no CUDA device here"))
+    count = 0
     with tempfile.TemporaryDirectory() as copy:
         folder = Path(shutil.copytree(trained()[0], copy, dirs_exist_ok=True))
         spoil(folder)
-        os.chdir(folder)
-        try:
-            for script, argv, *words in table:
-                with mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"))):
-                    refuses_command(script, argv, *words)
-        finally:
-            os.chdir(here)
+        with contextlib.chdir(folder):
+            for script, always, cases in MISTAKES:
+                for given, *words in cases:
+                    with mock.patch("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"))):
+                        refuses_command(script, f"{always} {given}".split(), *words)
+                    count += 1
         assert not (folder / "fresh").exists(), "a refused run left a folder"
         assert (folder / "held.csv").read_text() == "a,b\n1,2\n"
     code, said, err = command("eval.py", "--out_dir=/no/such")
     assert code == 2 and not said and err.count("\n") == 1, err
-    return f"{len(table) + 1} mistakes, one line each"
+    return f"{count + 1} mistakes, one line each"

@@ -1,6 +1,6 @@
 """The terminal: the live view on screens of every size, on a real pseudo terminal, and in pipes."""
 
-import io
+import functools
 import math
 import os
 import re
@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections import Counter
 from unittest import mock
 
 import sample
@@ -18,15 +19,6 @@ from util.dataset import CharTokenizer
 from util.display import BRIGHT, DIM, OWN, PLAIN, Display, columns, printable, wrap
 
 CODE = r"\x1b\[[?0-9;]*[A-Za-z]"
-
-
-class Terminal(io.StringIO):
-    """Standard output that says it is a terminal."""
-
-    encoding = "utf-8"
-
-    def isatty(self):
-        return True
 
 
 def cells_of(frame):
@@ -66,25 +58,25 @@ def test_display():
     chars = CHARS + "\N{CJK UNIFIED IDEOGRAPH-6F22}\N{CJK UNIFIED IDEOGRAPH-5B57}\t\x1b\x9b"
     net = tiny_model(vocab_size=len(chars), seq_len=28, block_size=4, n_layer=1)
     tokenizer, mask_id, frames = CharTokenizer(chars), net.config.mask_id, 0
-    seen, undrafted = dict.fromkeys((PLAIN, DIM, BRIGHT, OWN), 0), 0
+    seen, undrafted = Counter(), 0
     for (width, height, samples, new), mode in (
         ((20, 6, 1, 150), "verify"), ((7, 5, 1, 99), "block"), ((2, 3, 1, 20), "verify"),
         ((80, 24, 1, 60), "gpt"), ((80, 24, 2, 60), "verify"), ((80, 24, 2, 60), "block"),
         ((9, 6, 9, 20), "block"),
     ):
-        out, size, below = Terminal(), os.terminal_size((width, height)), int(height > 3)
+        out, below = mock.Mock(encoding="utf-8"), int(height > 3)
         stream = sample.generate_stream(net, [[1, 2, 3]] * samples, new, mode=mode, steps=2,
                                         branches=2)
-        with mock.patch("shutil.get_terminal_size", lambda *_, size=size: size):
+        size = mock.Mock(return_value=os.terminal_size((width, height)))
+        with mock.patch("shutil.get_terminal_size", size):
             display = Display(tokenizer, mask_id, out)
             for step in stream:
                 display.show(step)
-                lines = cells_of(out.getvalue())
-                out.seek(out.truncate(0))
+                lines = cells_of(out.write.call_args.args[0])
                 frames += 1
                 undrafted += step.drafts is not None and bool((step.drafts == mask_id).all())
-                used = [sum(columns(char) for _, char in line) for line in lines]
-                assert len(lines) <= height and max(used) < width, (used, width, height)
+                used = max(sum(columns(char) for _, char in line) for line in lines)
+                assert len(lines) <= height and used < width, (used, width, height)
                 made = int(step.settled.sum()) - 3 * samples
                 said = f"{step.nfe} passes, {made / max(1, step.nfe):.2f} tokens a pass"
                 shown = "".join(char for _, char in lines.pop()) if below else said
@@ -95,15 +87,15 @@ def test_display():
                 want = [c for r in range(samples) for c in pictured(step, r, tokenizer, mask_id)]
                 assert cells == (want if width == 80 else want[len(want) - len(cells) :]), want
                 assert len(want) == len(cells) or len(lines) == height - below, "room is left"
-                for style, _ in cells:
-                    seen[style] += 1
+                seen.update(style for style, _ in cells)
     for width in range(2, 9):  # a wide character may leave a column free, never take one too many
         wrapped = wrap([(PLAIN, printable(chars[1:] * 3))], width)
         assert "".join(c for line in wrapped for _, c in line) == printable(chars[1:] * 3)
         used = {sum(columns(char) for _, char in line) for line in wrapped[:-1]}
         assert used <= {width - 1, width}, (width, used)
-    assert min(undrafted, *seen.values()) > 20, f"too few to tell: {seen}, {undrafted}"
-    return f"{frames} frames; plain, dim, green, yellow cells: {list(seen.values())}"
+    counts = [seen[style] for style in (PLAIN, DIM, BRIGHT, OWN)]
+    assert min(undrafted, *counts) > 20, f"too few to tell: {counts}, {undrafted}"
+    return f"{frames} frames; plain, dim, green, yellow cells: {counts}"
 
 
 def on_a_terminal(width, height, *arguments):
@@ -178,19 +170,18 @@ def test_sample_in_a_pipe():
     """The command as a process: standard input to standard output without an escape code, and a
     reader that leaves early is no error to speak of."""
     with checkpoint_folder() as (folder, net, tokenizer):
-        command = [sys.executable, f"{HERE}/sample.py", "--out_dir=.", "--prompt=-",
-                   "--max_new_tokens=50", "--temperature=1", "--device=cpu"]
-        run = subprocess.run(
-            command, input="caf\xe9\n".encode(), capture_output=True, check=False, cwd=folder,
-            env={**os.environ, "PYTHONIOENCODING": "utf-8"},
-        )
-        assert (run.returncode, run.stderr) == (0, b""), run.stderr
+        run = functools.partial(
+            subprocess.run, [sys.executable, f"{HERE}/sample.py", "--out_dir=.", "--prompt=-",
+                             "--max_new_tokens=50", "--temperature=1", "--device=cpu"],
+            input="caf\xe9\n".encode(), stderr=subprocess.PIPE, check=False, cwd=folder,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8"})
+        done = run(stdout=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (0, b""), done.stderr
         text = tokenizer.decode(sample.generate(net, [tokenizer.encode("caf\xe9\n")], 50)[0])
-        assert run.stdout.decode() == text + "\n" and b"\x1b" not in run.stdout
+        assert done.stdout.decode() == text + "\n" and b"\x1b" not in done.stdout
         reader, writer = os.pipe()
         os.close(reader)
         with os.fdopen(writer, "wb", 0) as gone:
-            run = subprocess.run(command, input=b"", stdout=gone, stderr=subprocess.PIPE,
-                                 check=False, cwd=folder)
-        assert run.stderr.count(b"\n") <= 1 and b"Traceback" not in run.stderr, run.stderr
+            done = run(stdout=gone)
+        assert done.stderr.count(b"\n") <= 1 and b"Traceback" not in done.stderr, done.stderr
     return f"{len(text)} characters, none of them an escape"

@@ -4,8 +4,7 @@ Datasets on disk and tokenizers: written by data/*/prepare.py, read by train.py,
 A dataset is a folder, data/<name>/, of token ids and one description:
 
     train.bin, val.bin    little-endian token ids, no header; a split above SHARD_TOKENS is cut into
-                          train_0000.bin, train_0001.bin, ...; files that replace others have
-                          part of their hash in the name
+                          train_0000.bin, ...; files that replace others are named by their hash
     meta.json             {"name": "mine", "tokenizer": "char" | "byte" | "gpt2",
                            "vocab_size": 65, "dtype": "uint8" | "uint16" | "uint32",
                            "chars": "\\n !...",         char only: the characters in id order
@@ -48,7 +47,7 @@ LARGEST_META = 16 << 20  # bytes; every character of Unicode and 10,000 shards f
 EOT_TEXT = "<|endoftext|>"
 PLAIN_NAME = re.compile(r"\w[\w.-]{0,99}")  # of a dataset or a file: no separator, no `..`
 SHIPPED = ("shakespeare",)  # the text lies in the repository: needs neither network nor arguments
-# what `python data/<name>/prepare.py` leaves on disk, named when the data is missing
+# what `python data/<name>/prepare.py` leaves on disk
 SIZES = {"shakespeare": "5 MB", "shakespeare_char": "1 MB", "enwik8": "100 MB, downloads 36 MB",
          "fineweb_edu": "400 MB for 200M tokens"}
 
@@ -80,6 +79,10 @@ class Tokenizer:
     """Text to token ids in 0..vocab_size-1 and back. `eot` is the end-of-text id, or None."""
     kind, eot, special = None, None, False
 
+    def __init__(self, eot=True, special=False):
+        """eot: the last id is the end-of-text. special: text <|endoftext|> is encoded as it."""
+        self.eot, self.special = self.vocab_size - 1 if eot else None, special
+
     @staticmethod
     def from_meta(meta):
         """The tokenizer that a meta.json describes (as a dict). DataError if it describes none."""
@@ -89,8 +92,7 @@ class Tokenizer:
             raise DataError(f"the vocabulary is damaged ({e}): prepare the data again") from e
         if meta["tokenizer"] == "char":
             return CharTokenizer(meta["chars"])
-        kinds = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer}
-        return kinds[meta["tokenizer"]](eot=meta.get("eot") is not None)
+        return UTF8_TOKENIZERS[meta["tokenizer"]](eot=meta.get("eot") is not None)
 
     def meta(self):
         """The part of meta.json that from_meta needs."""
@@ -142,10 +144,6 @@ class ByteTokenizer(Tokenizer):
     """The UTF-8 bytes. 255 never occurs in them, so it is the end-of-text and ids fit a byte."""
     kind, vocab_size = "byte", 256
 
-    def __init__(self, eot=True, special=False):
-        """special: encode the text <|endoftext|> as the end-of-text token, as in GPT2Tokenizer."""
-        self.eot, self.special = 255 if eot else None, special
-
     def encode_array(self, text):
         data = text.encode()
         if self.special:
@@ -162,7 +160,7 @@ class GPT2Tokenizer(Tokenizer):
     else where install_bpe put them, in .tiktoken/ of the data folder, else tiktoken downloads them.
     DataError when none of it works."""
     kind, vocab_size = "gpt2", 50257
-    # name, name in tiktoken's cache, sha256; tiktoken demands the same
+    # name, name in tiktoken's cache, sha256
     files = (
         ("vocab.bpe", "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
          "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
@@ -170,7 +168,7 @@ class GPT2Tokenizer(Tokenizer):
          "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"))
 
     def __init__(self, eot=True, special=False):
-        """special: encode the text <|endoftext|> as the end-of-text token."""
+        super().__init__(eot, special)
         try:
             import tiktoken
         except ImportError as e:
@@ -183,7 +181,6 @@ class GPT2Tokenizer(Tokenizer):
             raise DataError("GPT-2's vocabulary is not on this machine and could not be downloaded "
                             f"({type(e).__name__}): give --bpe_dir=FOLDER with vocab.bpe and "
                             "encoder.json to data/text/prepare.py") from e
-        self.eot, self.special = self.bpe.eot_token if eot else None, special
 
     @classmethod
     def install_bpe(cls, folder):
@@ -193,7 +190,7 @@ class GPT2Tokenizer(Tokenizer):
                     for name, key, sha256 in cls.files}
         cache.mkdir(parents=True, exist_ok=True)
         for key, content in contents.items():
-            write_atomically(cache / key, content)
+            (cache / key).write_bytes(content)
 
     def encode_array(self, text):
         allowed = {EOT_TEXT} if self.special else set()
@@ -201,6 +198,9 @@ class GPT2Tokenizer(Tokenizer):
 
     def token_bytes(self, ids):
         return self.bpe.decode_bytes([int(i) for i in ids])
+
+
+UTF8_TOKENIZERS = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer}
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -218,10 +218,9 @@ def check_vocabulary(meta):
     kind = field(meta, "tokenizer", str)
     chars = field(meta, "chars", str) if kind == "char" else ""
     chars.encode()  # half a character raises UnicodeEncodeError, a ValueError
-    size = {"char": len(chars), "byte": ByteTokenizer.vocab_size,
-            "gpt2": GPT2Tokenizer.vocab_size}.get(kind)
-    if size is None or len(set(chars)) < len(chars):
+    if kind not in ("char", *UTF8_TOKENIZERS) or len(set(chars)) < len(chars):
         raise ValueError("tokenizer is not byte, gpt2, or char with distinct chars")
+    size = len(chars) if kind == "char" else UTF8_TOKENIZERS[kind].vocab_size
     field(meta, "vocab_size", int, size or 1, size)
     if meta.get("eot") is not None:
         field(meta, "eot", int, size - 1, size - 1)
@@ -269,8 +268,7 @@ def prepare_command(folder):
     again = " --overwrite" if holds_data(folder) else ""
     if name not in SIZES:
         return f"python data/text/prepare.py --input=FILE --name={name}{again}"
-    # the other three have one content only, and replace what is there unasked
-    again = again if name == "fineweb_edu" else ""
+    again = again if name == "fineweb_edu" else ""  # the others replace their one content unasked
     return f"python data/{name}/prepare.py{again} ({SIZES[name]})"
 
 
@@ -292,25 +290,22 @@ class Prefetch:
     `waited` counts the seconds that the training loop had to wait for data."""
 
     def __init__(self, make):
-        self.make, self.pool, self.waited = make, ThreadPoolExecutor(1), 0.0
-        self.next_step, self.future = None, None
+        self.make, self.pool, self.waited, self.ahead = make, ThreadPoolExecutor(1), 0.0, {}
 
     def __call__(self, step):
         began = time.perf_counter()
-        batch = self.future.result() if step == self.next_step else self.make(step)
-        self.next_step, self.future = step + 1, self.pool.submit(self.make, step + 1)
+        batch = self.ahead[step].result() if step in self.ahead else self.make(step)
+        self.ahead = {step + 1: self.pool.submit(self.make, step + 1)}
         self.waited += time.perf_counter() - began
         return batch
 
 
 class Dataset:
-    """
-    A prepared dataset: .name, .meta (dict), .vocab_size, .tokenizer, .split("train" | "val").
+    """A prepared dataset: .name, .meta (dict), .vocab_size, .tokenizer, .split("train" | "val").
 
     `name` is that of data/<name>/, or the path of such a folder. Checked are the whole of
     meta.json, each shard's length, every id (at 12 GB a second from memory) and that each split
-    has `seq_len` tokens; hashes are not recomputed. Raises DataError.
-    """
+    has `seq_len` tokens; hashes are not recomputed. Raises DataError."""
 
     def __init__(self, name, seq_len=1):
         self.folder = data_root() / name if PLAIN_NAME.fullmatch(str(name)) else Path(name)
@@ -381,13 +376,11 @@ class Split:
             raise IndexError(f"a window of {length} tokens leaves the split of {self.tokens}")
         out = np.empty((len(starts), length), np.int64)
         first = np.searchsorted(self.offsets, starts, side="right") - 1
-        for row, start, shard in zip(out, starts.tolist(), first.tolist(), strict=True):
-            done, s = 0, shard
-            while done < length:
-                at = start + done - self.offsets[s]
-                piece = self.shards[s][at:at + length - done]
-                row[done:done + len(piece)] = piece
-                done, s = done + len(piece), s + 1
+        for rest, at, s in zip(out, starts - self.offsets[first], first, strict=True):
+            while len(rest):
+                piece = self.shards[s][at:at + len(rest)]
+                rest[:len(piece)] = piece
+                rest, at, s = rest[len(piece):], 0, s + 1
         return out
 
 
@@ -398,25 +391,19 @@ def smallest_dtype(vocab_size):
 
 # -- writing ---------------------------------------------------------------------------------------
 
-def write_atomically(path, content):
-    """Write bytes so that `path` is either absent, old, or complete, whenever the power fails."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    with open(temporary, "xb") as f:  # x: never through a link that lay there
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+def close_safely(file):
+    """Bring a file that was written to the disk, so that a rename never comes before its bytes."""
+    with file:
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def obtain(path, url, what, instead="--input=FILE"):
     """The bytes of the file `path`, or those behind `url` where it is None; `what` names them in
     the error, `instead` the way without a network."""
     try:
-        if path is not None:
-            return Path(path).read_bytes()
-        with urlopen(url, timeout=30) as answer:
-            return answer.read()
+        with urlopen(url, timeout=30) if path is None else open(path, "rb") as file:
+            return file.read()
     except (OSError, HTTPException) as e:
         if path is None:
             raise DataError(f"cannot download {what} ({e}): fetch {url} and give {instead}") from e
@@ -438,23 +425,20 @@ def refuse_existing(folder, overwrite):
 
 
 class DatasetWriter:
-    """
-    Write a dataset piece by piece into a temporary folder; finish() moves it to its place.
+    """Write a dataset piece by piece into a temporary folder; finish() moves it to its place.
 
         with DatasetWriter(folder, tokenizer, source="one line") as writer:
             writer.add("train", ids, n_bytes)      # in order, any number of times, per split
             writer.finish()
 
-    A shard is closed by the piece that fills it to `shard_tokens`. A dataset that is there stays
-    as it is until finish() replaces it.
-    """
+    A shard is closed by the piece that fills it to `shard_tokens`."""
 
     def __init__(self, folder, tokenizer, source, shard_tokens=SHARD_TOKENS):
         self.folder, self.tokenizer = Path(folder), tokenizer
         self.shard_tokens, self.dtype = shard_tokens, smallest_dtype(tokenizer.vocab_size)
-        self.head = {"name": self.folder.name, **tokenizer.meta(), "dtype": self.dtype.name}
-        self.tail = {"source": plain(source)}
         self.splits, self.open = {}, {}
+        self.meta = {"name": self.folder.name, **tokenizer.meta(), "dtype": self.dtype.name,
+                     "splits": self.splits, "source": plain(source)}
         self.folder.mkdir(parents=True, exist_ok=True)
         self.temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=self.folder))
 
@@ -480,11 +464,8 @@ class DatasetWriter:
             self._close(split)
 
     def _close(self, split):
-        """Bring the open shard of a split to the disk."""
         file, sha256 = self.open.pop(split)
-        with file:
-            file.flush()
-            os.fsync(file.fileno())
+        close_safely(file)
         self.splits[split]["shards"][-1]["sha256"] = sha256.hexdigest()
 
     def finish(self):
@@ -494,10 +475,10 @@ class DatasetWriter:
         for split in ("train", "val"):
             if not self.splits.get(split, {}).get("bytes"):
                 raise DataError(f"the text leaves nothing for {split}: give more text")
+        for split in [*self.open]:
+            self._close(split)
         used = set()
         for split, info in self.splits.items():
-            if split in self.open:
-                self._close(split)
             for shard in info["shards"]:
                 name = shard["file"] if len(info["shards"]) > 1 else f"{split}.bin"
                 if os.path.lexists(self.folder / name):
@@ -505,14 +486,15 @@ class DatasetWriter:
                 os.replace(self.temporary / shard["file"], self.folder / name)
                 shard["file"] = name
                 used.add(name)
-        meta = self.head | {"splits": self.splits} | self.tail
-        check_meta(meta)
-        text = json.dumps(meta, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(self.folder / "meta.json", text.encode())
+        check_meta(self.meta)
+        file = open(self.temporary / "meta.json", "xb")  # noqa: SIM115 - by close_safely()
+        file.write(json.dumps(self.meta, indent=1, ensure_ascii=False).encode() + b"\n")
+        close_safely(file)
+        os.replace(file.name, self.folder / "meta.json")
         for old in self.folder.glob("*.bin"):
             if old.name not in used and re.match("(train|val|test)[_.-]", old.name):
                 old.unlink()
-        return meta
+        return self.meta
 
     def __enter__(self):
         return self
@@ -525,10 +507,9 @@ class DatasetWriter:
             self.folder.rmdir()
 
 
-def write_char_dataset(folder, text, source, val=0.1):
-    """Write `text` by characters, the last `val` of them for validation; replaces what is there."""
-    tokenizer = CharTokenizer("".join(sorted(set(text))))
-    cut = int((1 - val) * len(text))
+def write_char_dataset(folder, text, source):
+    """Write `text` by characters, the last tenth for validation; replaces what is there."""
+    tokenizer, cut = CharTokenizer("".join(sorted(set(text)))), int(0.9 * len(text))
     with DatasetWriter(folder, tokenizer, source) as writer:
         for split, part in (("train", text[:cut]), ("val", text[cut:])):
             writer.add(split, tokenizer.encode_array(part), len(part.encode()))
