@@ -18,7 +18,7 @@ import tempfile
 import time
 import zipfile
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -394,34 +394,6 @@ def test_odd_files():
     return f"{len(odd)} links, pipes and folders refused"
 
 
-def test_full_disk():
-    """A disk that fills up in mid-run, or is full: one line, and the checkpoint before as it was,
-    from which the run ends as if nothing had been."""
-    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-
-    def room(size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
-
-    with data_folder() as folder:
-        s, last = {"max_steps": 6, "eval_every": 2}, folder / "out/last.pt"
-        whole, _ = train_tiny(folder, **s, out_dir=f"{folder}/whole")
-        half = (folder / "whole/last.pt").stat().st_size // 2
-        for how, step, size in (("scratch", 3, half), ("resume", 3, half), ("resume", 0, 10)):
-            if not step:  # already settings.py does not fit
-                room(size)
-            try:
-                with at(step, lambda run, size=size: room(size)):
-                    argv = arguments(tiny_settings(folder, **s, init_from=how))
-                    refuses_command(train, argv, "cannot write", "free some space")
-            finally:
-                room(most)
-            assert checkpoint.load_checkpoint(last)["step"] == 2
-            assert not list(last.parent.glob("*.pt.tmp"))
-        rest, _ = train_tiny(folder, **s, init_from="resume")
-    assert (weights(whole) == weights(rest)).all()
-    return "full in a checkpoint and before the first step; resumed with 0 bits of difference"
-
-
 def test_tables():
     """eval.py --csv goes on behind a last line without its end; a chart of nothing but zeros."""
     row, new = [{"a": 1, "b": 0.5, "list": [1]}], "a,b\n1,0.5\n"
@@ -442,50 +414,87 @@ def test_tables():
     return "4 rows, each on its line"
 
 
-def test_signals_save():
-    """SIGINT, SIGTERM, SIGHUP, a closed and a full standard output end a run as it is saved, with
-    the signal's exit code; in the last step too; what was trained is saved before it is judged."""
+def ask(number):
+    """An act that sends this process a signal, and waits for it to come."""
+    return lambda run: (os.kill(os.getpid(), number), time.sleep(0.2))
+
+
+def room(size=None):
+    """Let no file here grow beyond `size` bytes, as on a full disk; without a size, lift that."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most if size is None else size, most))
+
+
+def spoil(part, value):
+    """An act that fills a weight, or its moment, with a number that is not finite."""
+    def act(run):
+        weight = run.model.blocks[0].attn.q.weight
+        {"weight": weight.data, **run.optimizers[1].state[weight]}[part].fill_(value)
+    return act
+
+
+def deaf(error):
+    """An act after which standard output takes no more."""
+    return lambda run: setattr(sys.stdout, "write", fails(error))
+
+
+GO_ON = "saved; go on with\n  python train.py"
+GOOD = "last.pt is good, of step 2", "--learning_rate", "--out_dir"
+ENDINGS = (  # after this step, this happens: exit code, the step that is saved, words
+    (4, ask(signal.SIGINT), 130, 4, f"stopped at step 4, {GO_ON}"),
+    (4, ask(signal.SIGTERM), 143, 4, f"stopped at step 4, {GO_ON}"),
+    (4, ask(signal.SIGHUP), 129, 4, f"stopped at step 4, {GO_ON}"),
+    (6, ask(signal.SIGINT), 130, 6, f"stopped at step 6, {GO_ON}"),
+    (2, deaf(BrokenPipeError(32, "Broken pipe")), 2, 3, "Broken pipe", "saved; go on with"),
+    (2, deaf(OSError(28, "No space left")), 2, 3, "No space left", "saved; go on with"),
+    (3, lambda run: room(50_000), 2, 2, "cannot write", "free some space"),  # half a checkpoint
+    (3, spoil("weight", math.nan), 2, 2, "the gradient is not finite at step 3 ", *GOOD),
+    (3, lambda run: setattr(run, "terms", lambda *_: torch.full((3,), math.inf).requires_grad_()),
+     2, 2, "the loss is not finite at step 4 ", *GOOD),
+    (4, spoil("weight", math.nan), 2, 2, "validation bound is not finite at step 4 ", *GOOD),
+    (4, spoil("momentum", math.inf), 2, 2, "the model is not finite at step 4 ", *GOOD),
+    (6, lambda run: setattr(run, "evaluate", fails(KeyboardInterrupt())), 130, 6),
+    (6, lambda run: setattr(run, "evaluate", fails(RuntimeError("a bug"))), 1, 6, "a bug"),
+)
+
+
+def test_endings():
+    """A signal, a closed or full standard output, a disk that fills up, numbers that are not
+    finite, a failing evaluation: what is said and saved, and that it resumes as if nothing was."""
     with data_folder() as folder:
-        argv = arguments(tiny_settings(folder, max_steps=6, log_every=1))
-        last = folder / "out/last.pt"
-
-        def ends(code, *more):
-            """What train.py printed, and the state it saved."""
-            found, said, _ = call_main(train, [*argv, *more])
-            assert found == code, (found, said)
-            return said, checkpoint.load_checkpoint(last)
-
-        for number, step in ((2, 4), (15, 4), (1, 4), (2, 6)):
-            def ask(run, number=number):
-                os.kill(os.getpid(), number)
-                time.sleep(0.2)  # until it has come
-
-            with at(step, ask):
-                said, state = ends(128 + number)
-            assert state["step"] == step and not state["final"], state["step"]
-            assert f"stopped at step {step}, saved; go on with\n  python train.py" in said, said
-        for error in (BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")):
-            with at(3, lambda run, error=error: setattr(sys.stdout, "write", fails(error))):
-                refuses_command(train, argv, error.strerror, "saved; go on with")
-            assert checkpoint.load_checkpoint(last)["step"] == 4, error
-        whole, _ = train_tiny(folder, max_steps=6)
-        for error, code in ((KeyboardInterrupt(), 130), (RuntimeError("a bug"), 1)):
-            with mock.patch.object(train.Run, "evaluate", fails(error)):
-                state = ends(code)[1]
-            assert state["step"] == 6 and not state["final"]
-            assert (state["model"]["norm.weight"] == whole.model.norm.weight).all()
-        said, state = ends(0, "--init_from=resume")
-        assert "| gpt" not in said and state["final"] == whole.final, said
-        with mock.patch.object(train, "generate_stream", fails(RuntimeError("a bug"))):
-            assert ends(1, "--sample_tokens=4")[1]["final"] == whole.final
-        with mock.patch.object(train.Run, "evaluate", fails(KeyboardInterrupt())):
-            assert ends(130, "--init_from=resume")[1]["final"] == whole.final
+        s, last = {"max_steps": 6, "log_every": 1, "eval_every": 2}, folder / "out/last.pt"
+        whole, _ = train_tiny(folder, **s, out_dir=f"{folder}/whole")
+        argv = arguments(tiny_settings(folder, **s))
+        for step, act, code, saved, *words in ENDINGS:
+            with at(step, act), contextlib.ExitStack() as end:
+                end.callback(room)
+                found, said, err = call_main(train, argv)
+            assert found == code and all(w in said + err for w in words), (words, found, said, err)
+            assert err.count("\n") == (code < 3) and not list(last.parent.glob("*.pt.tmp")), err
+            state = checkpoint.load_checkpoint(last)
+            assert state["step"] == saved and not state["final"], (words, state["step"])
+            rest, _ = train_tiny(folder, **s, init_from="resume")
+            assert (weights(rest) == weights(whole)).all() and rest.final == whole.final, words
+        for more, target, name, error, code in (  # a finished run keeps what it has
+            ("--init_from=resume", train.Run, "evaluate", KeyboardInterrupt(), 130),
+            ("--sample_tokens=4", train, "generate_stream", RuntimeError("a bug"), 1),
+        ):
+            with mock.patch.object(target, name, fails(error)):
+                found, said, _ = call_main(train, [*argv, more])
+            assert found == code and ("| gpt" in said) == (code == 1), said
+            assert checkpoint.load_checkpoint(last)["final"] == whole.final
+        room(10)  # already settings.py does not fit
+        try:
+            refuses_command(train, argv, "cannot write", "free some space")
+        finally:
+            room()
+        assert checkpoint.load_checkpoint(last)["final"] == whole.final
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
         with machine.Stop() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
         signal.signal(signal.SIGHUP, before)
         assert stop.asked == 0
-    return "exit codes 130, 143, 129, 130; saved at the step, and before the last evaluation"
+    return f"{len(ENDINGS)} endings: 0 bits of difference after each"
 
 
 def test_resume_compares():
@@ -685,11 +694,10 @@ def test_log():
 
 def test_wandb():
     """--wandb=true: the same numbers go to wandb; without the package, how to install it."""
-    logged, fake = [], ModuleType("wandb")
-    fake.Error = type("Error", (Exception,), {})
-    fake.init = lambda **k: logged.append(k.get("id")) or SimpleNamespace(
-        id="abc", log=lambda values, step: logged.append((step, sorted(values))),
-        finish=lambda: logged.append("finish"))
+    logged = []
+    run = SimpleNamespace(id="abc", finish=lambda: logged.append("finish"),
+                          log=lambda values, step: logged.append((step, sorted(values))))
+    fake = SimpleNamespace(Error=OSError, init=lambda **k: logged.append(k.get("id")) or run)
     with data_folder() as folder, contextlib.ExitStack() as end:
         s = {"log_every": 2, "eval_every": 2, "wandb": True}
         end.callback(sys.modules.pop, "wandb")
@@ -745,29 +753,6 @@ def state_difference(a, b):
         else:
             assert x == y, (x, y)
     return worst
-
-
-def test_not_finite():
-    """A loss, gradient, bound, weight or moment that is not finite: what, when, what is saved."""
-    def weight(run):
-        run.model.blocks[0].attn.q.weight.data[0, 0] = math.nan
-
-    def moment(run):
-        run.optimizers[1].state[run.model.blocks[0].attn.q.weight]["momentum"][0, 0] = math.inf
-
-    def loss(run):
-        run.terms = lambda *args: train.Run.terms(run, *args) + math.inf
-
-    cases = (("gradient", 5, weight, 5), ("validation bound", 6, weight, 6), ("loss", 5, loss, 6),
-             ("model", 6, moment, 6))
-    with data_folder() as folder:
-        argv = arguments(tiny_settings(folder, max_steps=20, eval_every=2, log_every=1))
-        for what, step, spoil, found in cases:
-            with at(step, spoil):
-                refuses_command(train, argv, f"the {what} is not finite at step {found} ",
-                                "last.pt is good, of step 4", "--learning_rate", "--out_dir")
-            assert checkpoint.load_checkpoint(folder / "out/last.pt")["step"] == 4, what
-    return f"{len(cases)} kinds stopped; the checkpoint of step 4 stands"
 
 
 def test_shared_errors():
