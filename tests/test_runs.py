@@ -547,22 +547,19 @@ def train_body(argv, said, env, tamper):
     sys.exit(train.main(argv))
 
 
-def start(folder, said, tamper=int, env=None, **settings):
-    """A started process that trains as train_tiny does; `tamper` is called in it first."""
-    argv = arguments({**TINY, "dataset": folder, **settings})
-    process = FORKS.Process(target=train_body, args=(argv, said, env or {}, tamper), daemon=True)
-    process.start()
-    return process
-
-
-def start_two(folder, said, **settings):
-    """Two gloo processes of one run, without torchrun; rank i prints to the file `said` + i."""
+def start(folder, said, world=1, tamper=int, **settings):
+    """The started processes of a run like train_tiny's, by gloo and without torchrun: each calls
+    `tamper` first, and rank i prints to the file `said` + i."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [start(folder, f"{said}{i}", env={**group, "RANK": f"{i}", "LOCAL_RANK": f"{i}"},
-                  **settings) for i in (0, 1)]
+        env = {"WORLD_SIZE": f"{world}", "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": f"{s.getsockname()[1]}"}
+    argv, processes = arguments({**TINY, "dataset": folder, **settings}), []
+    for i in range(world):
+        args = argv, f"{said}{i}", env | {"RANK": f"{i}", "LOCAL_RANK": f"{i}"}, tamper
+        processes.append(FORKS.Process(target=train_body, args=args, daemon=True))
+        processes[-1].start()
+    return processes
 
 
 def ended(process, said, limit=150.0):
@@ -623,14 +620,14 @@ def survive(kills, steps):
             return {**settings, "out_dir": b, "overwrite": True, "init_from": how}
 
         for i, (n, moment) in enumerate(kills):
-            said, inside = f"{folder}/said{i}", isinstance(moment, str)
+            said, inside = f"{folder}/said{i}.", isinstance(moment, str)
             tamper = functools.partial(die_in_save, n, moment) if inside else int
-            process = start(folder, said, tamper, **again())
+            [process] = start(folder, said, tamper=tamper, **again())
             if not inside:
-                wait_for_steps(process, said, n)
+                wait_for_steps(process, f"{said}0", n)
                 time.sleep(moment * whole.seconds / steps)
                 process.kill()
-            code, text = ended(process, said)
+            code, text = ended(process, f"{said}0")
             assert code == -signal.SIGKILL, (i, code, text[-300:])
             if inside:
                 left = any(b.glob("*.pt.tmp"))
@@ -726,8 +723,8 @@ def test_sharded():
             ("sharded", {"max_steps": 4, "micro_batch": 2, "sample_tokens": 4}),
             ("mixed", {"max_steps": 7, "init_from": "resume"}),
         ):
-            two = start_two(folder, f"{folder}/{out}.said", **s, **more, shard="true",
-                            out_dir=f"{folder}/{out}")
+            two = start(folder, f"{folder}/{out}.said", 2, **s, **more, shard="true",
+                        out_dir=f"{folder}/{out}")
             for i, process in enumerate(two):
                 code, text = ended(process, f"{folder}/{out}.said{i}")
                 assert code == 0 and "a sample" not in text, text[-1000:]
@@ -790,7 +787,7 @@ def faults_lost_process():
         whole, _ = train_tiny(folder, **s, out_dir=f"{folder}/a")
         for victim in (1, 0):
             said, out = f"{folder}/said{victim}.", {"out_dir": f"{folder}/b{victim}"}
-            two = start_two(folder, said, **s, **out)
+            two = start(folder, said, 2, **s, **out)
             wait_for_steps(two[0], f"{said}0", 6)
             two[victim].kill()
             began = time.perf_counter()
@@ -809,9 +806,8 @@ def faults_torchrun():
     """torchrun: an error of all processes is one line; SIGTERM saves, and says how to go on."""
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py"]
     with data_folder() as folder:
-        for argv, expected in ((["--lerning_rate=1"], "did you mean learning_rate"),
-                               ([f"--dataset={folder}", f"--out_dir={folder}/meta.json"],
-                                "cannot write")):
+        taken = [f"--dataset={folder}", f"--out_dir={folder}/meta.json"]
+        for argv, expected in ((["--lerning_rate=1"], "did you mean"), (taken, "cannot write")):
             code, _, err = command(*torchrun, *argv)
             lines = [x for x in err.splitlines() if x.startswith("error: ")]
             assert code and len(lines) == 1 and expected in lines[0], err[-2000:]

@@ -115,13 +115,13 @@ class Log:
         """One aligned line and a row: the training terms, in brackets the last validation's."""
         self.write(step, seconds=seconds, lr=lr, tokens_per_second=rate, **terms)
         speed = f"{rate:5.0f} tok/s" if rate < 1e4 else f"{rate / 1e3:4.0f}k tok/s"
+        speed += f" | mfu {mfu:3.0%}" if mfu else ""
         left = seconds / 60 / max(progress, 1e-9) * (1 - progress)
         shown = [f"{name} {terms[name]:.3f} ({f'{val[name][0]:.3f}' if val else '  -  '})"
                  for name in terms]
         try:
             print(f"step {step:6d}" + (f"/{max_steps}" if max_steps else ""), *shown,
-                  f"lr {lr:.1e}", speed, *[f"mfu {mfu:3.0%}"] * bool(mfu), f"eta {left:.1f}m",
-                  sep=" | ", flush=True)
+                  f"lr {lr:.1e}", speed, f"eta {left:.1f}m", sep=" | ", flush=True)
         except OSError as e:  # the run is to be saved, not to die in the middle of a step
             self.deaf = e
 
