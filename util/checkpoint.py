@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from model import CascadeConfig, CascadeLM
-from util.configurator import SettingsError, first_line, public
+from util.configurator import SettingsError, first_line, public, writing
 from util.dataset import identity
 from util.shard import is_plain, load_whole
 
@@ -67,25 +67,25 @@ def all_finite(value):
 def save_checkpoint(path, state, *copies, before=lambda: None):
     """Write `state` so that `path`, and each of its `copies`, always hold a complete checkpoint,
     the old one or the new: temporary files, flush to disk, `before()`, and the renames. Raises
-    SettingsError when the disk refuses; the old files then still stand."""
+    SettingsError where the disk refuses; the old files then still stand."""
     state = {**state, "format": FORMAT, "torch": str(torch.__version__)}
     state["digest"] = digest(state)
     paths = [Path(p) for p in (*copies, path)]  # `path` last: what a run resumes from
     temporary = [p.with_name(p.name + ".tmp") for p in paths]
     try:
-        for name in temporary:
-            with open(name, "wb") as f:
-                torch.save(state, f)
-                f.flush()
-                os.fsync(f.fileno())
-        before()
-        for name, p in zip(temporary, paths, strict=True):
-            os.replace(name, p)
-    except (OSError, RuntimeError) as e:  # torch's zip writer turns a full disk into RuntimeError
+        with writing(path, RuntimeError):  # that is what torch's zip writer makes of a full disk
+            for name in temporary:
+                with open(name, "wb") as f:
+                    torch.save(state, f)
+                    f.flush()
+                    os.fsync(f.fileno())
+            before()
+            for name, p in zip(temporary, paths, strict=True):
+                os.replace(name, p)
+    except SettingsError:
         for name in temporary:
             name.unlink(missing_ok=True)
-        raise SettingsError(f"cannot write {path} ({first_line(e)}): free some space or choose "
-                            "another --out_dir; an earlier checkpoint there is untouched") from None
+        raise
 
 
 def find_checkpoint(where):
@@ -202,7 +202,7 @@ def check_out_dir(s):
     if s.init_from == "resume" and "last.pt" not in held:
         raise SettingsError(f"{path} holds no last.pt to resume from: leave --init_from=resume out")
     halves = [path / f"{name}.tmp" for name in WRITTEN]  # of a run that was killed inside a save
-    try:
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         for name in (*halves, *(path / n for n in (*WRITTEN, "lock", "wandb", "wandb/id"))):
             right = name.is_dir() if name.name == "wandb" else name.is_file()
@@ -210,10 +210,7 @@ def check_out_dir(s):
                 raise SettingsError(f"{name} is a link or no file: remove it, or set --out_dir")
         claim = lock(path)
         for half in halves:
-            half.touch()
-            half.unlink()
-    except OSError as e:
-        raise SettingsError(f"cannot write to {path} ({e.strerror}): set --out_dir") from e
+            half.unlink(missing_ok=True)
     return claim
 
 

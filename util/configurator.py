@@ -13,7 +13,7 @@ import math
 import os
 import re
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +25,16 @@ class SettingsError(Exception):
 def first_line(error):
     """What an exception says first, at most 200 characters of it; its type where it is silent."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextmanager
+def writing(path, *errors):
+    """What the disk refuses in here, by OSError or one of `errors`, is a SettingsError."""
+    try:
+        yield
+    except (OSError, *errors) as e:
+        raise SettingsError(f"cannot write {path} ({getattr(e, 'strerror', 0) or first_line(e)}): "
+                            "free some space or choose another --out_dir") from None
 
 
 def fail(error):

@@ -10,10 +10,9 @@ of training, all restarts together. A resumed run drops torn rows and rows past 
 """
 
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
-from util.configurator import SettingsError, first_line, public
+from util.configurator import SettingsError, first_line, public, writing
 
 TERMS = ("bound", "gpt", "joint")
 VAL = tuple(f"val_{name}{error}" for name in TERMS for error in ("", "_error"))
@@ -57,7 +56,7 @@ class Log:
     def __init__(self, settings, step):
         self.path, self.row, self.wandb = Path(settings["out_dir"]) / "log.csv", {}, None
         self.deaf = None  # the error of a standard output that takes no more: closed, or full
-        with self.refusing():
+        with writing(self.path):
             write_settings(self.path.with_name("settings.py.tmp"), settings)
             old = self.path.read_bytes() if step and self.path.exists() else b""
             self.file = open(f"{self.path}.tmp", "wb")
@@ -82,22 +81,13 @@ class Log:
                 os.replace(f"{path}.tmp", path)
             self.file = open(self.path, "r+b")
 
-    @contextmanager
-    def refusing(self):
-        """What the disk refuses in here is a SettingsError."""
-        try:
-            yield
-        except OSError as e:
-            raise SettingsError(f"cannot write {self.path} ({e.strerror}): free some space or "
-                                "choose another --out_dir") from None
-
     def write(self, step, **values):
         """Numbers of `step`, by column: added to its row where that is the last, else a new row."""
         if step != int(self.row.get("step", -1)):
             self.row, self.start = {"step": step}, self.end
         self.row |= {name: f"{value:.8g}" for name, value in values.items()}
         line = (",".join(str(self.row.get(c, "")) for c in COLUMNS) + "\n").encode()
-        with self.refusing():
+        with writing(self.path):
             self.file.seek(self.start)
             self.file.write(line)
             self.file.truncate()
@@ -127,7 +117,7 @@ class Log:
 
     def sync(self):
         """To the disk itself, before a checkpoint that relies on these rows."""
-        with self.refusing():
+        with writing(self.path):
             self.file.flush()
             os.fsync(self.file.fileno())
 
