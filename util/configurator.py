@@ -110,23 +110,21 @@ def _set(settings, key, value, where):
         hint = f", did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(settings))}"
         raise SettingsError(f"{where}: unknown setting {key!r}{hint}")
     default, kind = settings[key], type(settings[key])
+    written = str if kind is str else (int, float, str)
     try:
-        if not isinstance(value, str if kind is str else (bool, int, float, str)):
-            raise TypeError
         if kind is bool:
             value = {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
-        elif kind is not str:
-            if isinstance(value, bool):
-                raise TypeError
-            if isinstance(value, str):  # int("4") first: float() would round a 17-digit seed
-                value = int(value) if value.lstrip("+-").isdigit() else float(value)
-            if kind is int and value != int(value):
-                raise ValueError
+        elif isinstance(value, bool) or not isinstance(value, written):
+            raise TypeError
+        elif isinstance(value, str) and kind is not str:
+            # int("4") first: float() would round a 17-digit seed
+            value = int(value) if value.lstrip("+-").isdigit() else float(value)
+        if kind is int and value != int(value):
+            raise ValueError
         settings[key] = kind(value)
     except (KeyError, TypeError, ValueError, OverflowError):
-        raise SettingsError(
-            f"{where}: {key} must be {kind.__name__} like {default!r}, not {value!r}"
-        ) from None
+        raise SettingsError(f"{where}: {key} must be {kind.__name__} like {default!r}, not "
+                            f"{value!r}") from None
 
 
 def _config(name):
