@@ -12,6 +12,7 @@ stranger's: it cannot run code (weights_only=True), and `check_state` is the one
 import math
 import os
 import sys
+import warnings
 import zipfile
 from dataclasses import fields
 from hashlib import sha256
@@ -139,7 +140,9 @@ def load_checkpoint(path):
         with zipfile.ZipFile(path) as parts:
             if sum(part.file_size for part in parts.infolist()) > size:
                 raise ValueError("it is compressed")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of what is about to be refused
+            state = torch.load(path, map_location="cpu", weights_only=True)
         check_state(state, size)
     except Exception as e:  # there is no telling what a foreign file makes its readers raise
         # torch's own advice for a refused pickle is to load it unsafely: not to be repeated
