@@ -672,7 +672,7 @@ def test_log():
         assert float(rows[-1]["val_gpt"]) == float(f"{run.val['gpt'][0]:.8g}"), rows[-1]
         # a run that was killed at step 13, while writing a row, with a checkpoint of step 10
         good = path.read_bytes()
-        path.write_bytes(good + b"12,1,2" + b"," * 9 + b"\nnot a row\n13,1,2,,")
+        path.write_bytes(good + b"12,1,2" + b"," * 10 + b"\nnot a row\n13,1,2,,")
         train_tiny(folder, **s, init_from="resume")  # nothing left to do: the last row stays one
         assert read_log(path) == rows, read_log(path)
         train_tiny(folder, **s | {"max_steps": 16}, init_from="resume")
