@@ -101,14 +101,12 @@ def ratio(over, under):
 
 def numbers(s, name):
     """Setting `name`, such as "4,16", as a list of ints of at least 1."""
-    try:
-        given = [int(word) for word in getattr(s, name).split(",")]
-        assert min(given) >= 1
-    except (ValueError, AssertionError):
+    words = getattr(s, name).split(",")
+    if not all(word.isdecimal() and int(word) for word in words):
         raise SettingsError(
             f"--{name} must be numbers of at least 1 such as 4,16, not {getattr(s, name)!r}"
-        ) from None
-    return given
+        )
+    return [int(word) for word in words]
 
 
 # ---- the training step ---------------------------------------------------------------------------
@@ -256,9 +254,9 @@ def decode_contestants(s):
 def bench_decode(s, contestants=None):
     """Rows of figures, one for each batch size and mode: tokens a pass, tokens/s as a multiple of
     the AR baseline's, and the NLL of what the mode writes."""
+    batches, table = numbers(s, "batches"), []
     found, nll = contestants or decode_contestants(s)
-    table = []
-    for batch in numbers(s, "batches"):
+    for batch in batches:
         passes = {}
 
         def contest(name, batch=batch, passes=passes):

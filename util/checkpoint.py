@@ -5,14 +5,14 @@
      "final": the same on more windows, "best": float, "best_step": int,
      "torch": "2.13.0", "digest": sha256 of everything else}
 
-`meta` is the dataset's meta.json: text is decoded without the dataset, and a resumed run knows
-whether its data is the same. The file may be a stranger's: it cannot run code (weights_only=True),
-its digest is verified, and `check_state` is the one door, behind which nothing is doubted.
+`meta` is the dataset's meta.json, to decode text and to know the data again. The file may be a
+stranger's: it cannot run code (weights_only=True), and `check_state` is the one door.
 """
 
 import math
 import os
 import sys
+import warnings
 import zipfile
 from dataclasses import fields
 from hashlib import sha256
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from model import CascadeConfig, CascadeLM
-from util.configurator import SettingsError, first_line, public
+from util.configurator import SettingsError, first_line, public, writing
 from util.dataset import identity
 from util.shard import is_plain, load_whole
 
@@ -33,7 +33,7 @@ FIELDS = {"config": dict, "settings": dict, "meta": dict, "model": dict, "optimi
 
 def digest(value, h=None):
     """sha256 over a nest of dicts, lists, plain values and tensors (dtype, shape and bytes)."""
-    top, h = h is None, h or sha256()
+    h = h or sha256()
     if isinstance(value, torch.Tensor):
         h.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
         h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -48,17 +48,15 @@ def digest(value, h=None):
             digest(item, h)
     else:
         h.update(f"{type(value).__name__} {value!r}".encode())
-    return h.hexdigest() if top else None
+    return h.hexdigest()
 
 
 def leaves(value):
-    """Every part of a nest of dicts and lists: containers, keys, tensors, plain values."""
+    """Every part of a nest: containers, keys, tensors, plain values."""
     yield value
     if isinstance(value, (dict, list, tuple)):
-        for part in value:
+        for part in (*value, *(value.values() if isinstance(value, dict) else ())):
             yield from leaves(part)
-    for part in value.values() if isinstance(value, dict) else ():
-        yield from leaves(part)
 
 
 def all_finite(value):
@@ -69,30 +67,26 @@ def all_finite(value):
 
 def save_checkpoint(path, state, *copies, before=lambda: None):
     """Write `state` so that `path`, and each of its `copies`, always hold a complete checkpoint,
-    the old one or the new: temporary files, flush to disk, `before()`, and the renames.
-
-    Raises SettingsError when the disk refuses; the old files then still stand.
-    """
+    the old one or the new: temporary files, flush to disk, `before()`, and the renames. Raises
+    SettingsError where the disk refuses; the old files then still stand."""
     state = {**state, "format": FORMAT, "torch": str(torch.__version__)}
     state["digest"] = digest(state)
     paths = [Path(p) for p in (*copies, path)]  # `path` last: what a run resumes from
     temporary = [p.with_name(p.name + ".tmp") for p in paths]
     try:
-        for name in temporary:
-            with open(name, "wb") as f:
-                torch.save(state, f)
-                f.flush()
-                os.fsync(f.fileno())
-        before()
-        for name, p in zip(temporary, paths, strict=True):
-            os.replace(name, p)
-    except (OSError, RuntimeError) as e:  # torch's zip writer turns a full disk into RuntimeError
+        with writing(path, RuntimeError):  # that is what torch's zip writer makes of a full disk
+            for name in temporary:
+                with open(name, "wb") as f:
+                    torch.save(state, f)
+                    f.flush()
+                    os.fsync(f.fileno())
+            before()
+            for name, p in zip(temporary, paths, strict=True):
+                os.replace(name, p)
+    except SettingsError:
         for name in temporary:
             name.unlink(missing_ok=True)
-        raise SettingsError(
-            f"cannot write {path} ({first_line(e)}): free some space or choose another --out_dir; "
-            "an earlier checkpoint there is untouched"
-        ) from None
+        raise
 
 
 def find_checkpoint(where):
@@ -131,33 +125,31 @@ def check_state(state, size):
         must(type(value) is f.type and (f.type is not float or 0 < value < math.inf),
              f"its config's {f.name} makes no sense")
     must(all(map(is_plain, model.values())), "its weights are no float32 tensors")
-    C, numbers = c.n_embd, sum(x.numel() for x in model.values())
     local = c.local_hidden * (4 + c.local_window) // 4 if c.local_window else 0
-    must(max(c.n_layer * max(C, c.n_hidden), c.vocab_size, local) * C <= numbers
-         and c.seq_len <= 2**20, "its config is larger than its tensors")
+    rows = max(c.n_layer * max(c.n_embd, c.n_hidden), c.vocab_size, local)
+    must(rows * c.n_embd <= sum(x.numel() for x in model.values()) and c.seq_len <= 2**20,
+         "its config is larger than its tensors")
     must(state["meta"].get("vocab_size") == c.vocab_size, "its vocabulary is not its config's")
     must(all_finite([model, state["optimizers"]]), "not all of its numbers are finite")
 
 
 def load_checkpoint(path):
-    """The state that save_checkpoint wrote, on the CPU. SettingsError, one line, if it is anything
-    else, or not sound in every part."""
+    """The state that save_checkpoint wrote, on the CPU; SettingsError if it is anything else."""
     try:
         size = os.path.getsize(path)
         with zipfile.ZipFile(path) as parts:
             if sum(part.file_size for part in parts.infolist()) > size:
                 raise ValueError("it is compressed")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of what is about to be refused
+            state = torch.load(path, map_location="cpu", weights_only=True)
         check_state(state, size)
-    except FileNotFoundError:
-        raise SettingsError(f"no checkpoint {path}") from None
     except Exception as e:  # there is no telling what a foreign file makes its readers raise
         # torch's own advice for a refused pickle is to load it unsafely: not to be repeated
         told = isinstance(e, (ValueError, OSError, RuntimeError, zipfile.BadZipFile))
-        reason = first_line(e) if told else type(e).__name__
-        raise SettingsError(
-            f"{path} is damaged or no checkpoint ({reason}): use another, or train again"
-        ) from None
+        raise SettingsError(f"{path} is damaged or no checkpoint ("
+                            f"{first_line(e) if told else type(e).__name__}): use another, or "
+                            "train again") from None
     return state
 
 
@@ -175,19 +167,15 @@ WRITTEN = ("last.pt", "best.pt", "log.csv", "settings.py")  # by a run; each as 
 
 # what may differ between a run and its resumption: how it starts, ends (the learning rate follows
 # the new end) and reports, where its data lies, and what moves numbers by their rounding alone
-HARMLESS = {
-    "out_dir", "init_from", "overwrite", "any_data", "dataset", "max_steps", "max_minutes",
-    "log_every", "eval_every", "eval_windows", "final_windows", "sample_tokens", "device",
-    "attention", "compile", "micro_batch", "shard", "wandb",
-}
+HARMLESS = {"out_dir", "init_from", "overwrite", "any_data", "dataset", "max_steps", "max_minutes",
+            "log_every", "eval_every", "eval_windows", "final_windows", "sample_tokens", "device",
+            "attention", "compile", "micro_batch", "shard", "wandb"}
 
 
 def lock(path):
-    """Claim the folder `path` for one run until the file returned is closed or the process ends.
-
-    The kernel drops the lock with the process, however that dies; the file `lock` stays, and does
-    not matter. SettingsError if another run, on this machine, holds it.
-    """
+    """Claim the folder `path` for one run until the file returned is closed or the process ends,
+    however it dies; the file `lock` stays, and does not matter. SettingsError if another run, on
+    this machine, has claimed it."""
     file = open(path / "lock", "a+")
     try:
         import fcntl
@@ -196,12 +184,9 @@ def lock(path):
         print(f"note: no file locks here; let no second run write to {path}", file=sys.stderr)
     except BlockingIOError:
         file.seek(0)
-        holder = file.read().strip() or "not known"
-        file.close()
-        raise SettingsError(
-            f"another run (process {holder}) is writing to {path}: wait for it, stop it, or choose "
-            "another --out_dir"
-        ) from None
+        with file:
+            raise SettingsError(f"another run (process {file.read()}) is writing to {path}: wait "
+                                "for it, stop it, or choose another --out_dir") from None
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
@@ -209,33 +194,26 @@ def lock(path):
 
 
 def check_out_dir(s):
-    """Make and lock out_dir; refuse to replace what was not said to be. Returns the lock.
-
-    Nothing that stands there is touched: a run replaces it with its first checkpoint.
-    """
+    """Make and lock out_dir; refuse to replace what was not said to be. Returns the lock. Nothing
+    that stands there is touched: a run replaces it with its first checkpoint."""
     path = Path(s.out_dir)
     held = [name for name in WRITTEN if os.path.lexists(path / name)]
     if s.init_from == "scratch" and held and not s.overwrite:
         resume = "--init_from=resume continues it, " if held[0] == "last.pt" else ""
-        raise SettingsError(
-            f"{path} holds a run already ({held[0]}): {resume}--overwrite=true replaces it, "
-            "--out_dir=DIR keeps both"
-        )
+        raise SettingsError(f"{path} holds a run already ({held[0]}): {resume}--overwrite=true "
+                            "replaces it, --out_dir=DIR keeps both")
     if s.init_from == "resume" and "last.pt" not in held:
         raise SettingsError(f"{path} holds no last.pt to resume from: leave --init_from=resume out")
     halves = [path / f"{name}.tmp" for name in WRITTEN]  # of a run that was killed inside a save
-    try:
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-        for name in (*halves, *(path / name for name in (*WRITTEN, "lock", "wandb", "wandb/id"))):
-            right = Path.is_dir if name.name == "wandb" else Path.is_file
-            if name.is_symlink() or (name.exists() and not right(name)):
+        for name in (*halves, *(path / n for n in (*WRITTEN, "lock", "wandb", "wandb/id"))):
+            right = name.is_dir() if name.name == "wandb" else name.is_file()
+            if name.is_symlink() or (name.exists() and not right):
                 raise SettingsError(f"{name} is a link or no file: remove it, or set --out_dir")
         claim = lock(path)
         for half in halves:
-            half.touch()
-            half.unlink()
-    except OSError as e:
-        raise SettingsError(f"cannot write to {path} ({e.strerror}): set --out_dir") from e
+            half.unlink(missing_ok=True)
     return claim
 
 
@@ -249,8 +227,7 @@ def check_same(s, config, meta, state):
         raise SettingsError(f"cannot resume with other settings ({'; '.join(changed)})")
     other = [part for part in now if before.get(part) != now[part]]
     if config != state["config"] or (other and not s.any_data):
-        raise SettingsError(
-            f"cannot resume on other data (changed: {', '.join(other)} of {s.dataset}): give back "
-            "what it was, or insist with --any_data=true if only the text is another"
-        )
+        raise SettingsError(f"cannot resume on other data (changed: {', '.join(other)} of "
+                            f"{s.dataset}): give back what it was, or insist with --any_data=true "
+                            "if only the text is another")
     return other

@@ -1,9 +1,8 @@
 """Typed settings: `python train.py config/nano.py --learning_rate=1e-3 --compile=false`.
 
-A script keeps its settings as plain variables with defaults. A config file is Python that assigns
-some of them; `--key=value` assigns one. Both are held to the same rules: the name must exist (a
-misspelt one is refused with the nearest), and the value must be of the default's type, where an
-int may be written 1e3, a float may be written 1, and a bool true/false/1/0. Later wins.
+A script's settings are plain variables. A config file is Python that assigns some of them, and
+`--key=value` assigns one; later wins. The name must exist, and the value be of the default's type,
+where an int may be written 1e3, a float 1, and a bool true/false/1/0.
 
 `guarded` around a script's main turns whatever goes wrong into one line and an exit code.
 """
@@ -12,8 +11,9 @@ import difflib
 import functools
 import math
 import os
+import re
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -27,26 +27,34 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def fail(message, code=2):
-    """Print one line and leave: what every script does with a user's mistake. Control characters
-    are spelt out: no name out of a file may command the terminal."""
-    said = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(message))
+@contextmanager
+def writing(path, *errors):
+    """What the disk refuses in here, by OSError or one of `errors`, is a SettingsError."""
+    try:
+        yield
+    except (OSError, *errors) as e:
+        raise SettingsError(f"cannot write {path} ({getattr(e, 'strerror', 0) or first_line(e)}): "
+                            "free some space or choose another --out_dir") from None
+
+
+def fail(error):
+    """Print an exception as one line and leave, by exit code 2 for what the user can mend, else 1.
+    Control characters are spelt out: no name out of a file may command the terminal."""
+    line, code = first_line(error), 1
+    if isinstance(error, (SettingsError, ValueError)):
+        line, code = str(error) or line, 2
+    elif isinstance(error, OSError):
+        line = f"{error.filename or 'a stream or the network'}: {error.strerror or line}"
+        code = 2
+    elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", line):
+        line = f"out of memory ({line}): take a smaller batch, sequence or model"
+    else:
+        line = f"{type(error).__name__}: {line} (--traceback=true shows where)"
+    said = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
     clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # a progress line may stand there
     with suppress(OSError):
         print(f"{clear}error: {said}", file=sys.stderr)
     sys.exit(code)
-
-
-def explained(e):
-    """(line, exit code) of an exception: 2 for what the user can mend, else 1."""
-    line = first_line(e)
-    if isinstance(e, (SettingsError, ValueError)):
-        return str(e) or line, 2
-    if isinstance(e, OSError):
-        return f"{e.filename or 'a stream or the network'}: {e.strerror or line}", 2
-    if isinstance(e, MemoryError) or "out of memory" in line or "allocate memory" in line:
-        return f"out of memory ({line}): take a smaller batch, sequence or model", 1
-    return f"{type(e).__name__}: {line} (--traceback=true shows where)", 1
 
 
 def guarded(main):
@@ -74,15 +82,15 @@ def guarded(main):
                 sys.stdout.flush()
             except OSError:  # at exit it would fail again
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1 if isinstance(e, BrokenPipeError) else fail(*explained(e))
+            return 1 if isinstance(e, BrokenPipeError) else fail(e)
 
     return wrapped
 
 
-def _hook(kind, error, trace, before=sys.excepthook):
+def _hook(kind, *rest):
     """Ctrl-C while the modules load: no traceback, and Python ends by the signal."""
     if kind is not KeyboardInterrupt:
-        before(kind, error, trace)
+        sys.__excepthook__(kind, *rest)
 
 
 sys.excepthook = _hook
@@ -90,56 +98,43 @@ sys.excepthook = _hook
 
 def public(namespace):
     """The settings in a namespace: bool, int, float and str values of names without leading _."""
-    return {
-        key: value
-        for key, value in namespace.items()
-        if not key.startswith("_") and isinstance(value, (bool, int, float, str))
-    }
+    return {key: value for key, value in namespace.items()
+            if not key.startswith("_") and isinstance(value, (bool, int, float, str))}
 
 
-def _typed(key, value, default, where):
-    """`value` as the default's type, or SettingsError. Text is parsed; other values are checked."""
-    kind = type(default)
-    try:
-        if not isinstance(value, str if kind is str else (bool, int, float, str)):
-            raise TypeError
-        if kind is str:
-            return value
-        if kind is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
-        if isinstance(value, bool):
-            raise TypeError
-        number = value
-        if isinstance(value, str):  # int("4") first: float() would round a 17-digit seed
-            number = int(value) if value.lstrip("+-").isdigit() else float(value)
-        if kind is int and number != int(number):
-            raise ValueError
-        return kind(number)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise SettingsError(
-            f"{where}: {key} must be {kind.__name__} like {default!r}, not {value!r}"
-        ) from None
-
-
-def _set(settings, defaults, key, value, where):
-    if key not in defaults:
-        near = difflib.get_close_matches(key, defaults, n=1)
-        hint = f", did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(defaults))}"
+def _set(settings, key, value, where):
+    """Assign `value` as the type that the setting has. Text is parsed, other values are checked;
+    SettingsError for a wrong one, and for a name that is no setting."""
+    if key not in settings:
+        near = difflib.get_close_matches(key, settings, n=1)
+        hint = f", did you mean {near[0]}?" if near else f"; known: {', '.join(sorted(settings))}"
         raise SettingsError(f"{where}: unknown setting {key!r}{hint}")
-    settings[key] = _typed(key, value, defaults[key], where)
+    default, kind = settings[key], type(settings[key])
+    written = str if kind is str else (int, float, str)
+    try:
+        if kind is bool:
+            value = {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+        elif isinstance(value, bool) or not isinstance(value, written):
+            raise TypeError
+        elif isinstance(value, str) and kind is not str:
+            # int("4") first: float() would round a 17-digit seed
+            value = int(value) if value.lstrip("+-").isdigit() else float(value)
+        if kind is int and value != int(value):
+            raise ValueError
+        settings[key] = kind(value)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise SettingsError(f"{where}: {key} must be {kind.__name__} like {default!r}, not "
+                            f"{value!r}") from None
 
 
-def _config_file(name):
-    """A config file's path: as given, or relative to the repository, so any folder will do."""
+def _config(name):
+    """(path, {name: value}) of what a config file assigns, but for what it imports, defines or
+    hides by _. Its path is as given, or relative to the repository, so that any folder will do."""
     for path in (Path(name), Path(__file__).resolve().parents[1] / name):
         if path.is_file():
-            return path
-    raise SettingsError(f"no config file {name!r}; settings are written --key=value")
-
-
-def _run_config(path):
-    """{name: value} of what a config file assigns, but for what it imports, defines or hides by _;
-    whether the values are settings is for _set to say."""
+            break
+    else:
+        raise SettingsError(f"no config file {name!r}; settings are written --key=value")
     if path.suffix != ".py":
         raise SettingsError(f"{path}: a config file is Python, with a name that ends in .py")
     found = {"__name__": "config", "__file__": str(path)}
@@ -147,27 +142,22 @@ def _run_config(path):
         exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), found)
     except (Exception, SystemExit) as e:  # the user's Python: what it raises is theirs to mend
         raise SettingsError(f"{path}: {type(e).__name__}: {first_line(e)}") from None
-    return {key: value for key, value in found.items()
-            if not (key.startswith("_") or callable(value) or isinstance(value, ModuleType))}
+    return path, {key: value for key, value in found.items() if not (
+        key.startswith("_") or callable(value) or isinstance(value, ModuleType))}
 
 
 def override(defaults, argv):
-    """`defaults` (name -> value) with the config files and --key=value of argv applied in order.
-
-    Returns a new dict. Raises SettingsError, one line, for an unknown name, a wrong type, a
-    missing file, or an argument that is neither.
+    """`defaults` (name -> value) with the config files and --key=value of argv applied in order, a
+    new dict. SettingsError for an unknown name, a wrong type, a missing file or another argument.
     """
     settings = dict(defaults)
     for arg in argv:
-        if not arg.startswith("--"):
-            path = _config_file(arg)
-            for key, value in _run_config(path).items():
-                _set(settings, defaults, key, value, str(path))
-            continue
-        key, equals, value = arg[2:].partition("=")
-        if not equals:
+        key, equals, value = arg.removeprefix("--").partition("=")
+        if arg.startswith("--") and not equals:
             raise SettingsError(f"{arg}: settings are written --key=value, for example --seed=1")
-        _set(settings, defaults, key, value, arg)
+        where, found = (arg, {key: value}) if arg.startswith("--") else _config(arg)
+        for key, value in found.items():
+            _set(settings, key, value, where)
     return settings
 
 

@@ -5,29 +5,23 @@
 
 One row per step that was reported or evaluated; a cell is empty where nothing was measured. The
 terms of the loss, in nats per token, are means over the training steps since the last row that has
-them, or since the run was resumed; with val_ in front they are of validation text, with their
-standard errors. `seconds` are of training, all restarts together. A resumed run drops torn rows and
-rows past its checkpoint, so no step stands twice.
+them, or since a resume; with val_ they are of validation text, with standard errors. `seconds` are
+of training, all restarts together. A resumed run drops torn rows and rows past its checkpoint.
 """
 
 import os
 from pathlib import Path
 
-from util.configurator import SettingsError, first_line, public
+from util.configurator import SettingsError, first_line, public, writing
 
 TERMS = ("bound", "gpt", "joint")
 VAL = tuple(f"val_{name}{error}" for name in TERMS for error in ("", "_error"))
 COLUMNS = ("step", "seconds", *TERMS, *VAL, "lr", "tokens_per_second")
-HEADER = ",".join(COLUMNS) + "\n"
-SETTINGS_HEAD = "# the settings of this run: python train.py FOLDER/settings.py starts it again"
 
 
 def write_settings(path, settings):
-    """A config file of a run's settings, for `python train.py out/nano/settings.py` to run again.
-
-    Left out is how it was started (init_from, overwrite): the next start decides that anew.
-    """
-    lines = [SETTINGS_HEAD]
+    """A config file of a run's settings, without how it was started: the next start decides."""
+    lines = ["# the settings of this run: python train.py FOLDER/settings.py starts it again"]
     for key, value in public(settings).items():
         if key not in ("init_from", "overwrite"):
             text = repr(value)  # of inf and nan that is no Python
@@ -42,18 +36,15 @@ def start_wandb(folder, settings):
     except ImportError:
         raise SettingsError("--wandb=true needs wandb: pip install wandb") from None
     (folder / "wandb").mkdir(exist_ok=True)
-    known = folder / "wandb" / "id"
-    resumed = settings["init_from"] == "resume" and known.exists()
+    known, again = folder / "wandb" / "id", {}
+    if settings["init_from"] == "resume" and known.exists():
+        again = {"id": known.read_text(), "resume": "allow"}
     try:
-        run = init(
-            project="cascade", name=folder.resolve().name, dir=folder, config=public(settings),
-            id=known.read_text() if resumed else None, resume="allow" if resumed else None,
-        )
+        run = init(project="cascade", name=folder.resolve().name, dir=folder,
+                   config=public(settings), **again)
     except Error as e:
-        raise SettingsError(
-            f"wandb does not start ({first_line(e)}): WANDB_MODE=offline keeps its record "
-            "here, and without --wandb=true there is log.csv"
-        ) from None
+        raise SettingsError(f"wandb does not start ({first_line(e)}): WANDB_MODE=offline keeps its "
+                            "record here, and without --wandb=true there is log.csv") from None
     known.write_text(run.id)
     return run
 
@@ -65,11 +56,11 @@ class Log:
     def __init__(self, settings, step):
         self.path, self.row, self.wandb = Path(settings["out_dir"]) / "log.csv", {}, None
         self.deaf = None  # the error of a standard output that takes no more: closed, or full
-        try:
+        with writing(self.path):
             write_settings(self.path.with_name("settings.py.tmp"), settings)
             old = self.path.read_bytes() if step and self.path.exists() else b""
             self.file = open(f"{self.path}.tmp", "wb")
-            self.start = self.end = self.file.write(HEADER.encode())
+            self.start = self.end = self.file.write((",".join(COLUMNS) + "\n").encode())
             for row in old.splitlines(keepends=True):
                 cells = row.decode(errors="replace").strip().split(",")
                 whole = row.endswith(b"\n") and len(cells) == len(COLUMNS) and cells[0].isdecimal()
@@ -81,8 +72,6 @@ class Log:
                 self.publish()
             if settings["wandb"]:
                 self.wandb = start_wandb(self.path.parent, settings)
-        except OSError as e:
-            raise self.refusal(e) from None
 
     def publish(self):
         """Replace the log and the settings of the run that stood here before, if they still do."""
@@ -92,24 +81,17 @@ class Log:
                 os.replace(f"{path}.tmp", path)
             self.file = open(self.path, "r+b")
 
-    def refusal(self, e):
-        return SettingsError(
-            f"cannot write {self.path} ({e.strerror}): free some space or choose another --out_dir"
-        )
-
     def write(self, step, **values):
         """Numbers of `step`, by column: added to its row where that is the last, else a new row."""
         if step != int(self.row.get("step", -1)):
             self.row, self.start = {"step": step}, self.end
         self.row |= {name: f"{value:.8g}" for name, value in values.items()}
         line = (",".join(str(self.row.get(c, "")) for c in COLUMNS) + "\n").encode()
-        try:
+        with writing(self.path):
             self.file.seek(self.start)
             self.file.write(line)
             self.file.truncate()
             self.file.flush()
-        except OSError as e:
-            raise self.refusal(e) from None
         self.end = self.start + len(line)
         if self.wandb:
             self.wandb.log(values, step=step)
@@ -123,26 +105,21 @@ class Log:
         """One aligned line and a row: the training terms, in brackets the last validation's."""
         self.write(step, seconds=seconds, lr=lr, tokens_per_second=rate, **terms)
         speed = f"{rate:5.0f} tok/s" if rate < 1e4 else f"{rate / 1e3:4.0f}k tok/s"
+        speed += f" | mfu {mfu:3.0%}" if mfu else ""
         left = seconds / 60 / max(progress, 1e-9) * (1 - progress)
         shown = [f"{name} {terms[name]:.3f} ({f'{val[name][0]:.3f}' if val else '  -  '})"
                  for name in terms]
-        line = (
-            f"step {step:6d}" + (f"/{max_steps}" if max_steps else "") + f" | {' | '.join(shown)} "
-            f"| lr {lr:.1e} | {speed} | " + (f"mfu {mfu:3.0%} | " if mfu else "")
-            + f"eta {left:.1f}m"
-        )
         try:
-            print(line, flush=True)
+            print(f"step {step:6d}" + (f"/{max_steps}" if max_steps else ""), *shown,
+                  f"lr {lr:.1e}", speed, f"eta {left:.1f}m", sep=" | ", flush=True)
         except OSError as e:  # the run is to be saved, not to die in the middle of a step
             self.deaf = e
 
     def sync(self):
         """To the disk itself, before a checkpoint that relies on these rows."""
-        try:
+        with writing(self.path):
             self.file.flush()
             os.fsync(self.file.fileno())
-        except OSError as e:
-            raise self.refusal(e) from None
 
     def close(self):
         self.file.close()
