@@ -16,7 +16,7 @@ number: both average over the same orders in which a block is revealed.
     uniform    m ~ U[m_min, 1], each token masked at rate m    1 / (m S)
     clipped    m ~ U[clip_low, clip_high], else as uniform     1 / (m S), no bound: for training
 
-`balanced` masks the same number of tokens in every batch whose blocks are a multiple of S; it is
+Without full_share `balanced` masks equally many tokens in every batch of whole strata; it is
 what evaluation uses, always. `uniform` is the noise of BD3-LM and LLaDA; it leaves out rates below
 m_min, which are a share m_min of the average.
 
@@ -172,8 +172,8 @@ def corrupt_all_blocks(
 
     x0 (B, N) int64 clean tokens on the CPU -> `Noisy` with T = nb. copies=2 makes an antithetic
     pair: where one draws u, the other draws 1 - u and masks from the other end of the same random
-    order, so every token is masked in one of them. Under `uniform` and `clipped` a block may stay
-    unmasked and then rightly adds nothing: masking one by force would bias the bound.
+    order; under `balanced` and `uniform` every token is masked in one of them. Under `uniform` and
+    `clipped` a block may stay unmasked and rightly adds nothing: a forced mask would bias the bound.
     Raises ValueError for an unknown name, rates outside of (0, 1], other copies, or N % S.
     """
     nb = check(x0, block_size, schedule, weighting, rates)

@@ -88,7 +88,8 @@ class CascadeConfig:
         self.n_kv_head = self.n_kv_head or self.n_head
         self.n_hidden = self.n_hidden or 32 * math.ceil(self.n_embd * 8 / 3 / 32)
         check_blocks(self.seq_len, self.block_size)
-        sizes = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden")
+        sizes = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden",
+                 "local_hidden")
         C, H, kv = self.n_embd, self.n_head, self.n_kv_head
         for wrong, what in (
             *((getattr(self, name) < 1, f"{name} must be at least 1") for name in sizes),

@@ -45,10 +45,10 @@ out_dir = "out/nano"  # or a checkpoint file
 prompt = ""  # text; FILE:path reads a file, - reads standard input
 num_samples = 1
 max_new_tokens = 500
-mode = "auto"  # gpt, block or verify; auto: verify where there is a GPT level, else block
+mode = "auto"  # gpt, block or verify; auto: verify, or block where there is no GPT level
 drafts = 0  # mode verify: drafts in a pass, 1..S-1; 0 = S - 1
-branches = 0  # mode verify: for how many numbers of accepted drafts a pass drafts on; 0 = all, but
-# for several samples on a CPU none: a pass of its own drafts on, which is faster there
+branches = 0  # mode verify: for how many numbers of accepted drafts a pass drafts on; 0: for all;
+# with several samples on a CPU for none: a second pass drafts instead, which is faster there
 # mode block
 rule = "confidence"  # random, confidence, threshold, entropy, left_to_right
 steps = 0  # K, forward passes per block, 1..S; 0 = S. threshold and entropy choose by themselves
@@ -264,7 +264,7 @@ class Sampling:
 
     mode: str = "auto"  # gpt, block, verify
     drafts: int = 0  # verify: in a pass; 0 = S - 1
-    branches: int = 0  # verify: for so many numbers of accepted drafts a pass drafts on; 0: above
+    branches: int = 0  # verify: numbers of accepted drafts for which a pass drafts on; 0: auto
     rule: str = "confidence"
     steps: int = 0  # K, passes per block; 0 = S
     temperature: float = 1.0
@@ -293,7 +293,7 @@ class Sampling:
         for name, most in (("steps", S), ("drafts", S - 1), ("branches", S)):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must lie in 1..{most} (blocks have {S} tokens), or be 0 "
-                                 f"for the most, not {getattr(self, name)}")
+                                 f"for the default, not {getattr(self, name)}")
         if self.mode == "verify" and S == 1:
             raise ValueError("mode verify needs blocks of two tokens or more: use mode gpt")
         self.steps, self.drafts = self.steps or S, self.drafts or S - 1
@@ -393,7 +393,7 @@ class Writer:
         next pass can take those along. Returns how many it has to."""
         full = ~self.done & (end - self.base + room > self.c.seq_len)
         if bool(full.any()):
-            half = self.c.seq_len // 2 // self.unit * self.unit
+            half = min(self.c.seq_len // 2, self.c.seq_len - room) // self.unit * self.unit
             self.base = torch.where(full, end - half, self.base)
             self.cache.length = torch.where(full, 0, self.cache.length)
         missing = (end - self.base - self.cache.length).masked_fill(self.done, 0)
@@ -442,7 +442,8 @@ class Writer:
     def draw_pass(self, h, start, block, reveal):
         """Draw the positions `reveal` (B, S) bool of a block (B, S) at start (B,) in one pass, left
         to right: each sees the tokens to its left that are visible or drawn before it. Returns the
-        block and the probabilities (B, S, V) that its tokens were drawn from, 0 elsewhere.
+        block and the probabilities (B, S, V) that its tokens were drawn from, which mean nothing
+        at other positions.
         """
         local, w, S = self.model.local, self.c.local_window, block.shape[1]
         race = torch.empty(*block.shape, self.c.vocab_size, dtype=torch.float64, device=h.device)

@@ -1,4 +1,4 @@
-"""124M parameters, 1,024 tokens of context, 10B tokens of FineWeb-Edu, for 8 GPUs.
+"""139M parameters, 1,024 tokens of context, 10B tokens of FineWeb-Edu, for 8 GPUs.
 
     python data/fineweb_edu/prepare.py --tokens=10B      20 GB on disk; readme.md there
     torchrun --nproc_per_node=8 train.py config/base.py
@@ -11,7 +11,7 @@ out_dir = "out/base"
 dataset = "fineweb_edu"
 n_layer = 12
 n_head = 12
-n_embd = 768  # 50,258 x 768 = 38.6M tied embeddings + 12 layers of 7.1M = 123.5M
+n_embd = 768  # 50,258 x 768 = 38.6M tied + 12 x 7.1M + local head 15.5M = 139M
 tie_embeddings = True
 seq_len = 1024
 block_size = 16

@@ -3,10 +3,10 @@
     python train.py config/nano.py
     python train.py config/nano.py --max_minutes=20 --out_dir=out/nano20         longer, on a CPU
 
-Its settings are the defaults of train.py. On a CPU: 1.1M parameters, S = 8, limited to 4.5 minutes.
+Its settings are the defaults of train.py. On a CPU: 1.3M parameters, S = 8, limited to 4.5 minutes.
 @@NANO@@
 
-On a machine with a GPU: 13M parameters and 5,000 steps of 16,384 tokens, not measured yet; there
+On a machine with a GPU: 14M parameters and 5,000 steps of 16,384 tokens, not measured yet; there
 `python train.py --device=cpu` still takes the GPU's settings, so give a smaller --n_embd too.
 """
 

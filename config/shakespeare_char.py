@@ -15,7 +15,7 @@ dataset = "shakespeare_char"  # 65 characters, 1,003,854 of them for training
 block_size = 4  # S
 n_layer = 6
 n_head = 6
-n_embd = 384  # 6 layers of 4 x 384 x 384 + 3 x 384 x 1024 = 1.77M: 10.7M in all
+n_embd = 384  # 6 layers of 4 x 384 x 384 + 3 x 384 x 1024 = 1.77M; with the local head 12.2M in all
 seq_len = 256
 batch_size = 64  # 64 x 256 = 16,384 characters
 max_steps = 5000  # x 16,384 = 82M characters

@@ -2,7 +2,7 @@
 
 `attention_by_parts` keeps no scores and no joined keys for its gradient: memory is linear in the
 length of the sequence. The norms are for a CPU, which runs the plain formulas as chains of a dozen
-operations; a compiler fuses those better than a hand does, and then they run.
+operations; a compiler fuses those better, and then the plain formulas run.
 """
 
 import math
