@@ -51,7 +51,7 @@ class Rates(NamedTuple):
         if not 0 <= self.full_share < 1:
             raise ValueError(f"full_share must lie in [0, 1), not {self.full_share}")
         if self.full_share and schedule not in ("balanced", "tilted"):
-            raise ValueError(f"with {schedule} noise full_share must be 0, not {self.full_share}")
+            raise ValueError(f"{schedule} noise has no share of full blocks: set --full_share=0")
 
 
 RATES = Rates()
@@ -173,7 +173,7 @@ def corrupt_all_blocks(
     x0 (B, N) int64 clean tokens on the CPU -> `Noisy` with T = nb. copies=2 makes an antithetic
     pair: where one draws u, the other draws 1 - u and masks from the other end of the same random
     order; under `balanced` and `uniform` every token is masked in one of them. Under `uniform` and
-    `clipped` a block may stay unmasked and rightly adds nothing: a forced mask would bias the bound.
+    `clipped` a block may stay unmasked and rightly adds nothing: a forced mask would be a bias.
     Raises ValueError for an unknown name, rates outside of (0, 1], other copies, or N % S.
     """
     nb = check(x0, block_size, schedule, weighting, rates)

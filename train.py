@@ -141,9 +141,12 @@ def resolve(s, processes):
                      f"{processes.world} processes, {max(1, s.micro_batch)} at a time")
         s.batch_size = raised
     if s.objective == "ar":
-        s.block_size, s.context, s.local_window = 1, "causal", 0
+        s.block_size, s.context, s.local_window, s.corruption = 1, "causal", 0, "all"
     if not s.local_window:
         s.full_share = 0.0
+        s.joint_target = "text"
+    if s.joint_target == "gpt" and s.context == "block":
+        raise SettingsError("--joint_target=gpt needs a GPT level: set --context=causal")
     rates(s).check(s.noise)
     if s.corruption == "target" or s.block_size == 1:
         s.copies = 1  # of a block of one token the second copy would repeat the first
@@ -291,7 +294,8 @@ class Run:
         s, S = self.s, self.config.block_size
         size = s.micro_batch or s.batch_size // self.processes.world
         whole = s.copies == 2 or size * (s.seq_len // S) % S == 0
-        static = s.objective == "ar" or (s.noise == "balanced" and s.corruption == "all" and whole)
+        exact = s.noise == "balanced" and s.corruption == "all" and not s.full_share
+        static = s.objective == "ar" or (exact and whole)
         return False if static else None
 
     def progress(self, seconds):

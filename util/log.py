@@ -5,8 +5,10 @@
 
 One row per step that was reported or evaluated; a cell is empty where nothing was measured. The
 terms of the loss, in nats per token, are means over the training steps since the last row that has
-them, or since a resume; with val_ they are of validation text, with standard errors. `seconds` are
-of training, all restarts together. A resumed run drops torn rows and rows past its checkpoint.
+them, or since a resume; with val_ they are of validation text, with standard errors. There `joint`
+is of blocks masked completely, in training of all that the noise masks; and under "cascade"
+weighting or clipped noise the training `bound` is none. `seconds` are of training, all restarts
+together. A resumed run drops torn rows and rows past its checkpoint.
 """
 
 import os
