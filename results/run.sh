@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # Every table and figure of results/ and of the README, from the commit that it runs on.
 #
-#     bash results/run.sh                     about 75 minutes on two cores; finished runs are kept
+#     bash results/run.sh                     about 75 minutes on two cores
 #     STEPS=40 WINDOWS=32 bash results/run.sh       the same in small, to see whether it runs
 #
-# Writes results/README.md, results/frontier.csv and assets/*.svg; checkpoints go to out/results/.
+# Writes results/README.md, results/frontier.csv and assets/*.svg. Checkpoints go to a folder of this
+# commit and this number of steps in out/results/; started again, it keeps the runs that are finished.
 # Two models train at a time, one thread each; what is timed runs alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -z "$(git status --porcelain -- '*.py' '*.sh')" ] || { echo "commit the code first" >&2; exit 1; }
 pip install -q -r requirements.txt matplotlib
-steps=${STEPS:-6000} windows=${WINDOWS:-1024}
-out=out/results page=results/README.md began=$SECONDS
+steps=${STEPS:-6000} windows=${WINDOWS:-512}
+out=out/results/$(git rev-parse --short HEAD)-$steps page=results/README.md began=$SECONDS
 mkdir -p $out
 
 train() {  # name settings...: one run on one thread, unless it is finished
@@ -20,14 +21,22 @@ train() {  # name settings...: one run on one thread, unless it is finished
         --sample_tokens=0 --out_dir=$out/$1 --overwrite=true "${@:2}" > $out/$1.txt
     touch $out/$1/done
 }
+levels() {  # name rows: every level and these rules
+    show python eval.py --out_dir=$out/$1 --windows=$windows --rule_windows=$windows --rows=$2 \
+        --csv=$out/all.csv
+}
 say() { printf '\n%s\n' "$@" >> $page; }
 show() {  # a command, then what it prints
     printf '\n    $ %s\n' "$*" >> $page
     "$@" | sed 's/^/    /' >> $page
 }
 
-train s8 & train s16 --block_size=16 & wait
-train bd3lm config/bd3lm.py & train ar --objective=ar & wait
+train s8 & first=$!
+train s16 --block_size=16
+wait $first
+train bd3lm config/bd3lm.py & first=$!
+train ar --objective=ar
+wait $first
 if [ ! -f $out/nano/done ]; then
     python train.py config/nano.py --out_dir=$out/nano --overwrite=true > $out/nano.txt
     touch $out/nano/done
@@ -41,7 +50,7 @@ $(lscpu | sed -n 's/Model name: *//p' | head -1), $(nproc) cores shared with oth
 $(grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo yes || echo no), \
 torch $(python -c 'import torch; print(torch.__version__)'). Seed 1337, one run each.
 The text is the complete Shakespeare by characters. \`+-\` is the standard error of the mean over
-validation windows, which all models share. What differs between two of them by less is not known.
+validation windows, which all models share. Two figures that differ by less may change places on other text.
 EOF
 say "## The quick start" "\`python train.py config/nano.py\`, 4.5 minutes on both cores:"
 sed 's/^/    /' $out/nano.txt | grep -vE '^    step +[0-9]*50 ' >> $page
@@ -55,10 +64,9 @@ say "## Every level, and rules at K passes a block"
 rm -f $out/*.csv
 rows=$(printf '%s,' {left_to_right,confidence}:{1,2,4,8})
 for run in s8 bd3lm; do
-    show python eval.py --out_dir=$out/$run --windows=$windows --rows=${rows%,} --csv=$out/all.csv
+    levels $run ${rows%,}
 done
-rows=$rows$(printf '%s,' {left_to_right,confidence}:16)
-show python eval.py --out_dir=$out/s16 --windows=$windows --rows=${rows%,} --csv=$out/all.csv
+levels s16 $rows$(printf '%s,' {left_to_right,confidence}:16 | sed 's/,$//')
 show python eval.py --out_dir=$out/ar --windows=$windows --csv=$out/all.csv
 say "## What mode verify accepts, and an n-gram in the drafter's place"
 for run in s8 s16 nano; do

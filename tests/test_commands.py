@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -22,6 +22,7 @@ import bench
 import eval as evaluation
 import sample
 import train
+from model import CascadeConfig, CascadeLM
 from tests.common import (
     CHARS,
     HERE,
@@ -45,6 +46,7 @@ from tools import animate, plot
 from util import checkpoint, configurator, dataset, judge
 from util.dataset import CharTokenizer
 from util.display import BRIGHT, DIM, OWN, PLAIN
+from util.machine import Processes
 
 LETTERS = "\nabcd\xe9\u6f22"  # of 1, 2 and 3 bytes
 GPT, TEXT = {"objective": "ar", "block_size": 1}, "".join(
@@ -132,6 +134,33 @@ def test_sample_command():
         it[1].config.block_size = 8
         printed(*it, "ab", "ab", 1, ["--block_size=8", "--any_block_size=true"])
     return f"{2 * len(cases) + 1} runs print the library's text"
+
+
+def test_configs():
+    """Every config file is one that train.py takes, with the parameters that its comments state."""
+    stated = {"base": 139.1, "fineweb_nano": 15.1, "enwik8": 40.9, "shakespeare_char": 12.2}
+    for path in sorted((HERE / "config").glob("*.py")):
+        s = SimpleNamespace(**configurator.override(train.DEFAULTS, [str(path)]))
+        train.resolve(s, Processes())
+        vocab = {"fineweb_edu": 50257, "enwik8": 256, "shakespeare": 84, "shakespeare_char": 65}
+        shape = {f.name: getattr(s, f.name) for f in fields(CascadeConfig) if hasattr(s, f.name)}
+        with torch.device("meta"):
+            net = CascadeLM(CascadeConfig(vocab_size=vocab[s.dataset], **shape))
+        size = net.count_parameters() / 1e6
+        assert abs(size - stated.get(path.stem, size)) < 0.06, (path.stem, size)
+    return f"{len(list((HERE / 'config').glob('*.py')))} files, {len(stated)} sizes"
+
+
+def test_readme_figures():
+    """The figures of the README's results are those of results/README.md, which a command made."""
+    readme, made = ((HERE / p).read_text() for p in ("README.md", "results/README.md"))
+    part = readme[readme.index("## Results") : readme.index("## The idea")]
+    figures = set(re.findall(r"\d+\.\d+", part))
+    known = re.findall(r"\d+\.\d+", made)
+    missing = {f for f in figures if not any(
+        f == f"{float(x):.{len(f.split('.')[1])}f}" for x in known)}
+    assert len(figures) > 10 and not missing, missing
+    return f"{len(figures)} figures, rounded, are in results/README.md"
 
 
 def test_draws_are_float64():
