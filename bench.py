@@ -177,8 +177,8 @@ def print_train(s, table):
     print(f"a large product in {s.dtype} runs at {peak['gflop_per_s']:,.0f} GFLOP/s\n"
           "step       parameters        ms    tok/s    MFU      GFLOP   times the AR baseline's")
     for r in rows:
-        print(f"{r['step']:6s} {r['parameters']:14,d} {r['ms']:9.2f} {r['tokens_per_s']:8,.0f} "
-              f"{r['mfu']:6.1%} {r['gflop']:10.1f}   {times_ar(r, rows)}")
+        print("{step:6s} {parameters:14,d} {ms:9.2f} {tokens_per_s:8,.0f} {mfu:6.1%} {gflop:10.1f}"
+              "   ".format(**r) + times_ar(r, rows))
 
 
 def times_ar(r, rows):
@@ -260,6 +260,8 @@ def bench_decode(s, contestants=None):
     the AR baseline's, and the NLL of what the mode writes."""
     found, nll = contestants or decode_contestants(s)
     table = []
+    if not s.json:
+        print("batch  mode       tokens/pass  tokens/s   times the AR baseline   NLL of its text")
     for batch in numbers(s, "batches"):
         passes = {}
 
@@ -280,17 +282,10 @@ def bench_decode(s, contestants=None):
                 "nll": nll[name][0], "nll_error": nll[name][1],
             })
             if not s.json:
-                print_decode(table[-1], first=len(table) == 1)
+                print("{batch:5d}  {mode:9s} {tokens_per_pass:12.2f} {tokens_per_s:9,.0f}   "
+                      "{of_ar[0]:6.2f} ({of_ar[1]:.2f}-{of_ar[2]:.2f})      "
+                      "{nll:.3f} +- {nll_error:.3f}".format(**table[-1]), flush=True)
     return table
-
-
-def print_decode(r, first):
-    if first:
-        print("batch  mode       tokens/pass  tokens/s   times the AR baseline   NLL of its text")
-    print(f"{r['batch']:5d}  {r['mode']:9s} {r['tokens_per_pass']:12.2f} "
-          f"{r['tokens_per_s']:9,.0f}   "
-          f"{r['of_ar'][0]:6.2f} ({r['of_ar'][1]:.2f}-{r['of_ar'][2]:.2f})      "
-          f"{r['nll']:.3f} +- {r['nll_error']:.3f}", flush=True)
 
 
 # ---- the list for a GPU --------------------------------------------------------------------------

@@ -187,12 +187,11 @@ def micro_batches(s, mask_id, split, step, rank, world):
         noisy = corrupt_all_blocks(*how, copies=s.copies)
         mask, weight = (t.view(s.copies, *blank.shape)[:, mine] for t in noisy[1:3])
         xt = x0.expand_as(mask).masked_fill(mask, mask_id)
-    k = mask.unflatten(-1, (-1, s.block_size)).sum(dim=-1, keepdim=True).clamp(min=1)
-    share = (1 / k).expand(*k.shape[:-1], s.block_size).flatten(-2)  # a mean over each block
-    out, fields = [], (x0, xt, mask, weight / blocks, share / blocks)
-    for x0, xt, mask, *weights in zip(
-        *(t.split(s.micro_batch or part, dim=-2) for t in fields), strict=True
-    ):
+    k = mask.unflatten(-1, (-1, s.block_size)).sum(dim=-1).clamp(min=1)
+    share = (1 / k).repeat_interleave(s.block_size, dim=-1)  # a mean over each block
+    whole, out = (x0, xt, mask, weight / blocks, share / blocks), []
+    parts = (t.split(s.micro_batch or part, dim=-2) for t in whole)
+    for x0, xt, mask, *weights in zip(*parts, strict=True):
         index = mask.flatten().nonzero()[:, 0]
         out.append((x0, xt, index, *(w.flatten()[index] for w in weights)))
     return out

@@ -24,10 +24,8 @@ COMPILE_MINUTES = 20  # of training, from which compiling on a CPU gains more ti
 
 def cpu_multiplies_bf16():
     """Whether the processor has matrix or dot-product units for bf16 (else torch emulates it)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text() if info.exists() else ""
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
@@ -69,7 +67,7 @@ def keep_memory():
 
 
 def autocast(s):
-    """The context in which the settings' dtype is computed in."""
+    """The context that computes in the settings' dtype."""
     on = s.dtype == "bfloat16"
     return torch.autocast(s.device.split(":")[0], dtype=torch.bfloat16) if on else nullcontext()
 
