@@ -258,11 +258,9 @@ def decode_contestants(s):
 def bench_decode(s, contestants=None):
     """Rows of figures, one for each batch size and mode: tokens a pass, tokens/s as a multiple of
     the AR baseline's, and the NLL of what the mode writes."""
+    batches, table = numbers(s, "batches"), []
     found, nll = contestants or decode_contestants(s)
-    table = []
-    if not s.json:
-        print("batch  mode       tokens/pass  tokens/s   times the AR baseline   NLL of its text")
-    for batch in numbers(s, "batches"):
+    for batch in batches:
         passes = {}
 
         def write(name, batch=batch, passes=passes):
@@ -282,6 +280,9 @@ def bench_decode(s, contestants=None):
                 "nll": nll[name][0], "nll_error": nll[name][1],
             })
             if not s.json:
+                if len(table) == 1:
+                    print("batch  mode       tokens/pass  tokens/s   times the AR baseline   "
+                          "NLL of its text")
                 print("{batch:5d}  {mode:9s} {tokens_per_pass:12.2f} {tokens_per_s:9,.0f}   "
                       "{of_ar[0]:6.2f} ({of_ar[1]:.2f}-{of_ar[2]:.2f})      "
                       "{nll:.3f} +- {nll_error:.3f}".format(**table[-1]), flush=True)
