@@ -81,7 +81,8 @@ def choose_machine(s, local_rank=0, world=1):
     why = choose_dtype(s, s.device)
     if s.compile not in ("auto", "true", "false"):
         raise SettingsError(f"--compile must be auto, true or false, not {s.compile!r}")
-    flex = on_cuda and s.compile != "false" and s.n_embd >= 16 * s.n_head  # as its kernels ask
+    # FlexAttention's kernels start at a head dimension of 16
+    flex = on_cuda and s.compile != "false" and s.n_embd >= 16 * s.n_head
     if s.attention == "flex" and not flex:
         raise SettingsError(
             "--attention=flex needs CUDA, --compile=true and heads of 16 or more; use chunk"
