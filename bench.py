@@ -12,6 +12,7 @@ pass depend on what a model has learned.
 """
 
 import contextlib
+import functools
 import gc
 import io
 import math
@@ -67,7 +68,6 @@ DECODE = {
 GPU = train.DEFAULTS | {
     "n_layer": 12, "n_head": 12, "n_embd": 768, "seq_len": 1024, "block_size": 16,
     "batch_size": 16, "tie_embeddings": True,
-    "vocab_size": 50304,  # with 12 layers of 7.1M: 123.6M parameters beside the local head
     "lengths": "1024,2048,4096,8192,16384",
     "rounds": 5, "steps": 5, "shakespeare_steps": 300, "minutes": 8.0, "json": False,
 }
@@ -149,11 +149,10 @@ def bench_train(s):
             for _ in range(s.steps):
                 run.train_step(0.0)
 
-        machine = ours.s
-        peak, peak_flop = product(machine)
-        work = {name: lambda run=run: steps(run) for name, run in runs.items()} | {"product": peak}
-        taken = interleave(machine.device, s.rounds, work)
-        table = []
+        peak, peak_flop = product(ours.s)
+        work = {name: functools.partial(steps, run) for name, run in runs.items()}
+        taken = interleave(ours.s.device, s.rounds, work | {"product": peak})
+        table, sheet = [], peak_flops(ours.s)
         for name, run in runs.items():
             masked = run.masked / run.step
             flops = train_flops(run.config, run.s.batch_size, masked, run.s.copies)
@@ -163,7 +162,6 @@ def bench_train(s):
                    "tokens_per_s": run.s.batch_size * run.s.seq_len / seconds,
                    "of_ar": ratio(taken[name], taken["ar"]),
                    "parameters": run.model.count_parameters()}
-            sheet = peak_flops(machine)
             if sheet:
                 row["mfu_of_sheet"] = flops / seconds / sheet
             table.append(row)
@@ -177,10 +175,16 @@ def print_train(s, table):
     print(f"a large product in {s.dtype} runs at {peak['gflop_per_s']:,.0f} GFLOP/s\n"
           "step       parameters        ms    tok/s    MFU      GFLOP   times the AR baseline's")
     for r in rows:
-        extra = f", {r['mfu_of_sheet']:.1%} of the data sheet's" if "mfu_of_sheet" in r else ""
-        print(f"{r['step']:6s} {r['parameters']:14,d} {r['ms']:9.2f} {r['tokens_per_s']:8,.0f} "
-              f"{r['mfu']:6.1%} {r['gflop']:10.1f}   {r['of_ar'][0]:.2f} ({r['of_ar'][1]:.2f}-"
-              f"{r['of_ar'][2]:.2f}), in FLOPs {r['gflop'] / rows[-1]['gflop']:.2f}{extra}")
+        print("{step:6s} {parameters:14,d} {ms:9.2f} {tokens_per_s:8,.0f} {mfu:6.1%} {gflop:10.1f}"
+              "   ".format(**r) + times_ar(r, rows))
+
+
+def times_ar(r, rows):
+    """How row r compares with the AR baseline's, the last of rows."""
+    middle, low, high = r["of_ar"]
+    sheet = f", {r['mfu_of_sheet']:.1%} of the data sheet's" if "mfu_of_sheet" in r else ""
+    flops = r["gflop"] / rows[-1]["gflop"]
+    return f"{middle:.2f} ({low:.2f}-{high:.2f}), in FLOPs {flops:.2f}{sheet}"
 
 
 def peak_of_step(s, N):
@@ -224,30 +228,29 @@ def bench_memory(s, argv):
 
 def decode_contestants(s):
     """{name: (model, options)} and {name: (NLL, error)}: the AR baseline and the model's modes."""
-    data, found, nll = None, {}, {}
-    for folder in (s.ar_dir, s.out_dir):
-        model, state = load_model(folder, s.device)
-        data = data or load_dataset(state["settings"]["dataset"]).split("val")
-        score, ar = evaluation.Score(model), folder == s.ar_dir
-        if ar and model.config.objective != "ar":
-            raise SettingsError(f"--ar_dir={folder} is not autoregressive: python train.py "
-                                f"--objective=ar --out_dir={folder} makes one")
-        terms = evaluation.evaluate(score, data, s.windows)
-        if ar:
-            found["ar"], nll["ar"] = (model, {"mode": "gpt"}), terms["gpt"]
-            continue
-        starts = torch.linspace(0, len(data) - model.config.seq_len, s.windows).long().numpy()
-        x0 = torch.from_numpy(data.window(starts, model.config.seq_len))
-        for name in s.modes.split(","):
-            mode, _, K = name.partition(":")
-            how, nll[name] = {"mode": mode}, terms.get("gpt", (math.nan, math.nan))
-            if mode == "verify":
-                how |= {"drafts": s.drafts, "branches": s.branches}
-            if mode == "block":
-                how |= {"rule": "left_to_right", "steps": int(K or 1)}
-                each, _ = evaluation.score_rule(score, x0, "left_to_right", int(K or 1))
-                nll[name] = each.mean().item(), evaluation.window_error(each)
-            found[name] = model, how
+    ar, state = load_model(s.ar_dir, s.device)
+    if ar.config.objective != "ar":
+        raise SettingsError(f"--ar_dir={s.ar_dir} is not autoregressive: python train.py "
+                            f"--objective=ar --out_dir={s.ar_dir} makes one")
+    data = load_dataset(state["settings"]["dataset"]).split("val")
+    found = {"ar": (ar, {"mode": "gpt"})}
+    nll = {"ar": evaluation.evaluate(evaluation.Score(ar), data, s.windows)["gpt"]}
+    model, _ = load_model(s.out_dir, s.device)
+    score = evaluation.Score(model)
+    terms = evaluation.evaluate(score, data, s.windows)
+    windows = min(s.windows, len(data) // model.config.seq_len)
+    starts = torch.linspace(0, len(data) - model.config.seq_len, windows).long().numpy()
+    x0 = torch.from_numpy(data.window(starts, model.config.seq_len))
+    for name in s.modes.split(","):
+        mode, _, K = name.partition(":")
+        how, nll[name] = {"mode": mode}, terms.get("gpt", (math.nan, math.nan))
+        if mode == "verify":
+            how |= {"drafts": s.drafts, "branches": s.branches}
+        if mode == "block":
+            how |= {"rule": "left_to_right", "steps": int(K or 1)}
+            each, _ = evaluation.score_rule(score, x0, "left_to_right", int(K or 1))
+            nll[name] = each.mean().item(), evaluation.window_error(each)
+        found[name] = model, how
     return found, nll
 
 
@@ -259,37 +262,30 @@ def bench_decode(s, contestants=None):
     for batch in batches:
         passes = {}
 
-        def contest(name, batch=batch, passes=passes):
+        def write(name, batch=batch, passes=passes):
             model, how = found[name]
+            with autocast(s):
+                *_, last = generate_stream(model, [[]] * batch, s.tokens, seed=0,
+                                           temperature=s.temperature, **how)
+            passes[name] = last.nfe
 
-            def work():
-                with autocast(s):
-                    *_, last = generate_stream(model, [[]] * batch, s.tokens, seed=0,
-                                               temperature=s.temperature, **how)
-                passes[name] = last.nfe
-
-            return work
-
-        taken = interleave(s.device, s.rounds, {name: contest(name) for name in found})
+        work = {name: functools.partial(write, name) for name in found}
+        taken = interleave(s.device, s.rounds, work)
         for name in found:
-            of_ar = ratio(taken["ar"], taken[name])
             table.append({
                 "batch": batch, "mode": name, "tokens_per_pass": s.tokens / passes[name],
                 "tokens_per_s": batch * s.tokens / statistics.median(taken[name]),
-                "of_ar": of_ar, "nll": nll[name][0], "nll_error": nll[name][1],
+                "of_ar": ratio(taken["ar"], taken[name]),
+                "nll": nll[name][0], "nll_error": nll[name][1],
             })
             if not s.json:
-                print_decode(table[-1], first=len(table) == 1)
+                if len(table) == 1:
+                    print("batch  mode       tokens/pass  tokens/s   times the AR baseline   "
+                          "NLL of its text")
+                print("{batch:5d}  {mode:9s} {tokens_per_pass:12.2f} {tokens_per_s:9,.0f}   "
+                      "{of_ar[0]:6.2f} ({of_ar[1]:.2f}-{of_ar[2]:.2f})      "
+                      "{nll:.3f} +- {nll_error:.3f}".format(**table[-1]), flush=True)
     return table
-
-
-def print_decode(r, first):
-    if first:
-        print("batch  mode       tokens/pass  tokens/s   times the AR baseline   NLL of its text")
-    print(f"{r['batch']:5d}  {r['mode']:9s} {r['tokens_per_pass']:12.2f} "
-          f"{r['tokens_per_s']:9,.0f}   "
-          f"{r['of_ar'][0]:6.2f} ({r['of_ar'][1]:.2f}-{r['of_ar'][2]:.2f})      "
-          f"{r['nll']:.3f} +- {r['nll_error']:.3f}", flush=True)
 
 
 # ---- the list for a GPU --------------------------------------------------------------------------
@@ -301,13 +297,7 @@ def parity(device, dtype, N, S, copies, causal, skip, path):
     ins = torch.randn(3, 1 + copies, 1, N, 1, 64, generator=torch.Generator().manual_seed(7))
     q, k, v = (x.to(dtype) for x in ins)
     exact = [x.double().requires_grad_() for x in (q, k, v)]
-    rows = []
-    for copy in range(1, 1 + copies):
-        pair = [torch.cat([x[0, 0, :, 0], x[copy, 0, :, 0]]) for x in exact]
-        y = reference.reference_attention(*pair, reference.two_stream_rule(N, S, causal))
-        rows = rows or [y[:N]]
-        rows.append(y[N:])
-    truth = torch.stack(rows)[skip:, None, :, None]
+    truth = reference.oracle_streams(*exact, S, causal, skip)
     g = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1)).double()
     wanted = torch.autograd.grad((truth * g).sum(), exact)
     q, k, v = (x.to(device).requires_grad_() for x in (q, k, v))
@@ -344,12 +334,10 @@ def gpu_train(s):
     *rows, peak = bench_train(s)
     yield "large products", f"{peak['gflop_per_s'] / 1e3:,.0f} TFLOP/s in {s.dtype}"
     for r in rows:
-        sheet = f", {r['mfu_of_sheet']:.1%} of the data sheet's" if "mfu_of_sheet" in r else ""
         yield (f"step of {r['step']}, {r['parameters'] / 1e6:.1f}M parameters, N={s.seq_len}, "
                f"S={s.block_size}, batch {s.batch_size}",
-               f"{r['ms']:.1f} ms, {r['tokens_per_s']:,.0f} tokens/s, MFU {r['mfu']:.1%} of the "
-               f"measured peak{sheet}; {r['of_ar'][0]:.2f} of the AR baseline's, in FLOPs "
-               f"{r['gflop'] / rows[-1]['gflop']:.2f}")
+               f"{r['ms']:.1f} ms, {r['tokens_per_s']:,.0f} tokens/s, MFU {r['mfu']:.1%}, "
+               f"times the AR baseline's: {times_ar(r, rows)}")
 
 
 def gpu_memory(s):
@@ -376,11 +364,10 @@ def gpu_shakespeare(s):
     yield (f"{chosen['dataset']}, {steps} steps of {run.model.count_parameters() / 1e6:.1f}M",
            f"{said} nats/token in {run.seconds:.0f} s with compiling; {whole} steps at this pace: "
            f"{run.seconds / steps * whole / 60:.1f} minutes")
-    model = type(run.model)(run.config).to(s.device)  # not compiled: decoding's shapes change
-    model.load_state_dict(run.model.state_dict())
-    block = {"mode": "block", "rule": "left_to_right", "steps": 1}
-    found = {"ar": {"mode": "gpt"}, "verify": {"mode": "verify"}, "block:1": block}
-    found, nll = {k: (model, how) for k, how in found.items()}, dict.fromkeys(found, (0.0, 0.0))
+    modes = {"ar": {"mode": "gpt"}, "verify": {"mode": "verify"},
+             "block:1": {"mode": "block", "rule": "left_to_right", "steps": 1}}
+    model, nll = run.uncompiled(), dict.fromkeys(modes, (0.0, 0.0))
+    found = {name: (model, how) for name, how in modes.items()}
     how = SimpleNamespace(batches="1,64", tokens=128, temperature=1.0, **vars(s) | {"json": True})
     for r in bench_decode(how, (found, nll)):
         yield (f"its decoding, {r['mode']} ('ar': its GPT level), batch {r['batch']}",
@@ -424,9 +411,9 @@ COMMANDS = {"train": TRAIN, "memory": MEMORY, "decode": DECODE, "gpu": GPU}
 
 @guarded
 def main(argv):
-    if not argv or argv[0] not in COMMANDS:
+    command, argv = argv[0] if argv else "", argv[1:]
+    if command not in COMMANDS:
         raise SettingsError(f"say what to measure: python bench.py {' | '.join(COMMANDS)}")
-    command, argv = argv[0], argv[1:]
     s = SimpleNamespace(**override(COMMANDS[command], argv))
     if command == "decode":
         s.device = choose_device(s.device)

@@ -15,10 +15,9 @@ Text is scored in windows of seq_len tokens, so models of one seq_len are scored
                (arXiv 2603.01367); "left_to_right 1" is one joint pass
     n-gram  =  the control: an interpolated n-gram of the training text
 
-Noise and choices come from `seed` and are drawn for all windows at once, so the batch size changes
-nothing beyond rounding. Models run in float32 whatever they were trained in; sums are float64.
-`+-` is a standard error with windows taken as independent: how far another text of this kind may
-lie.
+Noise and choices come from `seed`, drawn for all windows at once: the batch size changes nothing
+beyond rounding. Models run in float32; sums are float64. `+-` is a standard error with windows
+taken as independent: how far another text of this kind may lie.
 """
 
 import math
@@ -26,7 +25,7 @@ import sys
 import time
 from contextlib import nullcontext
 from csv import DictWriter
-from json import dumps
+from json import dumps, loads
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,7 +41,7 @@ from model import left_tokens
 from sample import RULES, View, generate_stream
 from util.checkpoint import find_checkpoint, load_model
 from util.dataset import DataError, Tokenizer, load_dataset
-from util.display import Progress
+from util.display import Progress, chart
 from util.judge import check_vocabulary, judged, load_judge, repetition, token_entropy
 from util.machine import choose_device
 from util.ngram import NGram
@@ -74,11 +73,9 @@ RANGES = {
     **dict.fromkeys(("windows", "sample_tokens", "ngram"), (0, math.inf)), "seed": (0, 2**63 - 1),
     **dict.fromkeys(("rule_windows", "batch", "exact_windows", "num_samples"), (1, math.inf)),
 }
+KNOBS = {"threshold": "tau", "entropy": "gamma"}  # what sets an adaptive rule; the others: steps
 
-
-SIGN = {"bound": "<=", "gpt": "=", "joint": "="}
-MEANING = {"bound": "bound of the block level", "gpt": "NLL of the GPT level",
-           "joint": "NLL of one pass a block"}
+NGRAM_TOKENS = 10**7  # the control counts no more than these: its tables stay in memory
 
 # ---- scoring -------------------------------------------------------------------------------------
 
@@ -127,7 +124,8 @@ class Score(nn.Module):
         if model.local is None:
             single = head_nll(model.norm(h), head, targets)
             return gpt, single, single
-        if self.joint_target == "gpt":  # what predicts token i stands at i - 1; nothing for i = 0
+        if self.joint_target == "gpt" and torch.is_grad_enabled():  # evaluation is of the text
+            # what predicts token i stands at i - 1; nothing for i = 0
             row = index % x0.numel()
             teacher = clean.detach()[(row - row // N - 1).clamp(min=0)]
         ready, nll = model.local.ready(h), []
@@ -170,27 +168,30 @@ def window_terms(score, x0, mask, weight):
 
     bound   the bound, of which the noise is a sample
     joint   exact NLL of one joint pass a block; without a local head, of one factorised pass
-    gpt     exact NLL of what the GPT level writes; the first token is the block level's
+    gpt     exact NLL of what the GPT level writes
     """
-    c, N = score.model.config, x0.shape[1]
+    c, terms = score.model.config, {}
     nll = token_nll(score, x0, torch.stack([mask, torch.ones_like(mask)]))
-    if c.objective == "ar":
-        return {"gpt": nll["gpt"].mean(dim=1)}
-    weight = weight.to(score.model.cos.device)
-    terms = {"bound": (nll["single"][0] * weight).sum(dim=1) / (N // c.block_size),
-             "joint": nll["joint"][1].mean(dim=1)}
-    if c.context == "causal":
-        terms["gpt"] = (nll["gpt"].sum(dim=1) + nll["joint"][1, :, 0]) / N
-    return terms
+    if c.objective == "diffusion":
+        weighted = nll["single"][0] * weight.to(score.model.cos.device)
+        terms = {"bound": weighted.sum(dim=1) / (x0.shape[1] // c.block_size),
+                 "joint": nll["joint"][1].mean(dim=1)}
+    return terms | ({"gpt": gpt_nll(nll)} if c.context == "causal" else {})
+
+
+def gpt_nll(nll):
+    """(B,): what the GPT level writes, of a token_nll whose last mask hides all: its first token is
+    the block level's."""
+    first = nll["joint"][-1, :, 0] if "joint" in nll else 0.0
+    return (nll["gpt"].sum(dim=1) + first) / nll["gpt"].shape[1]
 
 
 @torch.no_grad()
 def evaluate(score, split, windows, seed=0, batch=16, autocast=nullcontext, processes=None):
-    """{term: (mean, standard error)}, window_terms over fixed windows, the same on every call.
+    """{term: (mean, standard error)} of window_terms over windows spread evenly over the split.
 
-    The noise of the bound is `balanced`, from a fixed generator. Windows are spread evenly over the
-    split without overlap, and the noise is drawn for all of them at once, so the figures are the
-    same at any batch size and number of processes.
+    The noise, `balanced`, is drawn for all windows at once from a fixed generator, so the figures
+    are the same on every call, at any batch size and number of processes.
     """
     c, where = score.model.config, score.model.cos.device
     windows = min(windows, len(split) // c.seq_len)
@@ -232,29 +233,36 @@ def in_batches(work, x0, *more, batch=32, tick=lambda tokens: None):
     return torch.cat(out)
 
 
+def score_gpt(score, x0, **how):
+    """(W,): exact NLL of what the GPT level writes."""
+    return in_batches(lambda x: gpt_nll(token_nll(score, x, x[None] == x)), x0, **how)
+
+
+def score_single(score, x0, mask, **how):
+    """(W, N): of the tokens that mask (W, N) or (N,) hides, each by itself; 0 of the others."""
+    return in_batches(lambda x, m: token_nll(score, x, m[None])["single"][0], x0, mask, **how)
+
+
 def score_noise(score, x0, seed, **how):
     """(loss, k), each (W, nb): every block's mean cross-entropy, and how many of it are masked."""
     c = score.model.config
     noise = corrupt_all_blocks(x0, c.block_size, c.mask_id, step_generator(seed, -1))
-    nll = in_batches(lambda x, m: token_nll(score, x, m[None])["single"][0], x0, noise.mask, **how)
+    nll = score_single(score, x0, noise.mask, **how)
     blocks = len(x0), -1, c.block_size
     return (nll * noise.weight).view(blocks).sum(-1), noise.mask.view(blocks).sum(-1)
 
 
 @torch.no_grad()
 def score_rule(score, x0, rule="left_to_right", value=0, **how):
-    """(W,): exact NLL of text written by a rule, and (W,) passes a token. value: K, the passes of a
-    block (0: S), or tau of `threshold`, gamma of `entropy`.
+    """(W,): exact NLL of text written by a deterministic rule, and (W,) passes a token. value: K,
+    the passes of a block (0: S), or tau of `threshold`, gamma of `entropy`.
 
     The rule is replayed: each pass sees the tokens that it has revealed so far, chooses what to
     reveal next from the model's own distributions, and adds -log p of those tokens, drawn jointly
-    where there is a local head. So it is the likelihood of a deterministic rule: of all but
-    `random`, whose order is not known.
+    where there is a local head.
     """
     model, c = score.model, score.model.config
-    S, knobs, steps = c.block_size, {"tau": 0.9, "gamma": 0.5}, value or c.block_size
-    if rule in ("threshold", "entropy"):
-        knobs["tau" if rule == "threshold" else "gamma"], steps = value, S
+    S = c.block_size
 
     def logits(h, x0, seen):
         if model.local is not None:
@@ -263,19 +271,20 @@ def score_rule(score, x0, rule="left_to_right", value=0, **how):
 
     def replay(x0):
         x0 = x0.to(model.cos.device)
-        masked = torch.ones_like(x0.view(-1, S), dtype=torch.bool)
-        total, passes, left = 0.0, 0.0, steps
+        xt, masked = torch.full_like(x0, c.mask_id), torch.ones_like(x0, dtype=torch.bool)
+        masked, left = masked.view(-1, S), S if rule in KNOBS else value or S
+        total, passes = 0.0, 0.0
         while bool(masked.any()):
-            xt = x0.masked_fill(masked.view(x0.shape), c.mask_id)
             h = model.stream_trunk(torch.stack([x0, xt]))[-1]
             quota = -(-masked.sum(dim=1) // left)
-            now = RULES[rule](View(masked, logits(h, x0, xt), masked.double(), quota, **knobs))
-            seen = x0.masked_fill((masked & ~now).view(x0.shape), c.mask_id)
-            logp = logits(h, x0, seen).double().log_softmax(-1)
+            view = View(masked, logits(h, x0, xt), masked.double(), quota, tau=value, gamma=value)
+            now = RULES[rule](view)  # which reads its own of the two at most
+            masked, left = masked & ~now, left - 1
+            xt = x0.masked_fill(masked.view(x0.shape), c.mask_id)
+            logp = logits(h, x0, xt).double().log_softmax(-1)
             logp = logp.gather(-1, x0.view(-1, S, 1))[..., 0] * now
             total = total - logp.view(x0.shape).sum(dim=1)
             passes = passes + now.any(dim=1).view(len(x0), -1).sum(dim=1)
-            masked, left = masked & ~now, left - 1
         return torch.stack([total, passes], dim=1) / x0.shape[1]
 
     return in_batches(replay, x0, **how).unbind(dim=1)
@@ -296,16 +305,13 @@ def score_exact(score, x0, **how):
     log_f, bound, ltr = {0: torch.zeros(1, dtype=torch.float64)}, 0.0, 0.0
     for A in range(1, 2**S):  # bit i is position i, so A without i has come before A
         inside = [i for i in range(S) if A >> i & 1]
-        mask = torch.zeros(S, dtype=torch.bool)
-        mask[inside] = True
-        mask = mask.repeat(x0.shape[1] // S)
-        nll = in_batches(lambda x, m: token_nll(score, x, m[None])["single"][0], x0, mask, **how)
-        nll = nll.view(len(x0), -1, S)
+        mask = torch.isin(torch.arange(x0.shape[1]) % S, torch.tensor(inside))
+        nll = score_single(score, x0, mask, **how).view(len(x0), -1, S)
         k = len(inside)
         bound += nll.sum(dim=-1) / (math.comb(S, k) * k * S)
         paths = torch.stack([log_f[A ^ (1 << i)] - nll[..., i] for i in inside])
         log_f[A] = paths.logsumexp(dim=0) - math.log(k)
-        if k == S - inside[0]:  # every position from the first of A on: the chain rule's conditions
+        if k == S - inside[0]:  # all positions from the first on: a condition of the chain rule
             ltr += nll[..., inside[0]] / S
     return tuple(x.mean(dim=1) for x in (bound, -log_f[2**S - 1] / S, ltr))
 
@@ -314,64 +320,54 @@ def score_exact(score, x0, **how):
 
 
 class Evaluation:
-    """A checkpoint and its text. Each job prints as it goes, and returns rows of plain figures."""
+    """A checkpoint and its text. Each job prints as it goes, and fills a table of plain figures."""
 
     def __init__(self, s):
-        self.s, self.device = s, choose_device(s.device)
+        self.s, self.device, self.table = s, choose_device(s.device), []
         self.say = (lambda line: None) if s.json else lambda line: print(line, flush=True)
         self.model, self.state = load_model(s.out_dir, self.device)
-        self.score, self.c, trained = Score(self.model), self.model.config, self.state["settings"]
-        self.tokenizer = Tokenizer.from_meta(self.state["meta"])
+        self.score, self.c = Score(self.model), self.model.config
+        c, state, trained = self.c, self.state, self.state["settings"]
         name = s.dataset or trained.get("dataset")
         if not name:
             raise SettingsError(f"{s.out_dir} does not say what it was trained on: give --dataset")
-        self.data = data = load_dataset(name)
-        check_vocabulary(self.state["meta"], data.meta, f"--dataset={name}")
-        self.text = data.split(s.split)
-        tokens = self.state["step"] * trained.get("batch_size", 0) * self.c.seq_len
+        self.data = load_dataset(name)
+        check_vocabulary(state["meta"], self.data.meta, f"--dataset={name}")
+        self.text = self.data.split(s.split)
         self.run = {
-            "run": s.out_dir, "objective": self.c.objective, "block_size": self.c.block_size,
-            "seq_len": self.c.seq_len, "parameters": self.model.count_parameters(),
-            "train_seed": trained.get("seed"), "step": self.state["step"], "train_tokens": tokens,
-            "train_minutes": self.state["seconds"] / 60, "dataset": data.name,
+            "run": s.out_dir, "objective": c.objective, "block_size": c.block_size,
+            "seq_len": c.seq_len, "parameters": self.model.count_parameters(),
+            "train_seed": trained.get("seed"), "step": state["step"],
+            "train_tokens": state["step"] * trained.get("batch_size", 0) * c.seq_len,
+            "train_minutes": state["seconds"] / 60, "dataset": self.data.name,
             "split": s.split, "bytes_per_token": self.text.bytes_per_token,
         }
-        kind = "autoregressive" if self.c.objective == "ar" else f"blocks of {self.c.block_size}"
-        self.say(
-            f"model      {find_checkpoint(s.out_dir)}: step {self.state['step']}, "
-            f"{self.run['parameters']:,} parameters, context {self.c.seq_len}, {kind}"
-        )
+        kind = "autoregressive" if c.objective == "ar" else f"blocks of {c.block_size}"
+        self.say(f"model      {find_checkpoint(s.out_dir)}: step {state['step']}, "
+                 f"{self.run['parameters']:,} parameters, context {c.seq_len}, {kind}")
 
     def cut(self, length, most):
         """(W, length): the split's windows from its start, or `most` of them, evenly spread."""
         count = len(self.text) // length
         if not count:
             raise DataError(
-                f"{self.s.split} of {self.run['dataset']} has {len(self.text)} tokens, fewer than "
+                f"{self.s.split} of {self.data.name} has {len(self.text)} tokens, fewer than "
                 f"a window of {length}: give another --dataset or --split"
             )
         W = min(most or count, count)
+        self.say(f"text       {self.data.name}, {self.s.split}: {W:,} of {count:,} windows of "
+                 f"{length} tokens; the tail of {len(self.text) % length} is left out")
         starts = torch.arange(W) * count // W * length
-        self.say(
-            f"text       {self.run['dataset']}, {self.s.split}: {W:,} of {count:,} windows of "
-            f"{length} tokens; the tail of {len(self.text) % length} is left out"
-        )
         return torch.from_numpy(self.text.window(starts.numpy(), length))
 
     def how(self, passes):
         """Arguments of the score functions: the batch size, and a bar over `passes` windows."""
-        bar, done = Progress("scoring", passes * self.c.seq_len, "tok"), 0
-        bar.update(0)
-
-        def tick(tokens):
-            nonlocal done
-            done += tokens
-            bar.close() if done >= bar.total else bar.update(done)
-
-        return {"batch": self.s.batch, "tick": tick}
+        bar = Progress("scoring", passes * self.c.seq_len, "tok")
+        bar.advance(0)
+        return {"batch": self.s.batch, "tick": bar.advance}
 
     def line(self, method, sign, each, passes=math.nan):
-        """Say a likelihood in nats per token, bits per byte and perplexity; its row of figures."""
+        """Say a likelihood in nats per token, bits per byte and perplexity, and add its row."""
         mean, error = each.mean().item(), window_error(each)
         bits = mean / math.log(2) / self.text.bytes_per_token
         self.say(
@@ -379,74 +375,65 @@ class Evaluation:
             f"bits/byte  {sign:>2} {math.exp(mean):.3f} perplexity"
             + ("" if math.isnan(passes) else f"  {passes:.3f} passes/token")
         )
-        return {"method": method, "sign": sign, "windows": len(each), "nll": mean,
-                "nll_error": error, "bits_per_byte": bits, "passes_per_token": passes}
+        self.table.append({"method": method, "sign": sign, "windows": len(each), "nll": mean,
+                           "nll_error": error, "bits_per_byte": bits, "passes_per_token": passes})
 
     def control(self):
-        """The n-gram of the training text, or None."""
+        """{its name: the n-gram of the training text}; empty for ngram = 0."""
         if not self.s.ngram:
-            return None
-        text = self.data.split("train")
-        return NGram(text.window([0], min(len(text), 10**7))[0], self.c.vocab_size, self.s.ngram)
+            return {}
+        text, name = self.data.split("train"), f"{self.s.ngram}-gram"
+        if len(text) > NGRAM_TOKENS:
+            self.say(f"{name}     of the first {NGRAM_TOKENS:,} tokens of the training text")
+        text = text.window([0], min(len(text), NGRAM_TOKENS))[0]
+        return {name: NGram(text, self.c.vocab_size, self.s.ngram)}
 
     def likelihood(self):
         """Every level, the control, rules at K passes, and the bound's shape over k."""
-        s, c, x0 = self.s, self.c, self.cut(self.c.seq_len, self.s.windows)
-        table, every = [], torch.ones(1, c.seq_len, dtype=torch.bool)
-
-        def gpt(x):
-            nll = token_nll(self.score, x, every.expand(1, *x.shape))
-            first = nll["joint"][0, :, 0] if "joint" in nll else 0.0
-            return (nll["gpt"].sum(dim=1) + first) / c.seq_len
-
+        s, c = self.s, self.c
+        grid, x0 = rule_grid(s.rows, c, exact=True), self.cut(c.seq_len, s.windows)
         if c.context == "causal":
-            table.append(self.line("gpt", "=", in_batches(gpt, x0, **self.how(len(x0))), 1.0))
+            self.line("gpt", "=", score_gpt(self.score, x0, **self.how(len(x0))), 1.0)
         if c.objective == "diffusion":
             loss, k = score_noise(self.score, x0, s.seed, **self.how(len(x0)))
-            table.append(self.line("bound", "<=", loss.mean(dim=1)))
-        control = self.control()
-        if control:
-            table.append(self.line(f"{s.ngram}-gram", "=", control.nll(x0)))
+            self.line("bound", "<=", loss.mean(dim=1))
+        for name, control in self.control().items():
+            self.line(name, "=", control.nll(x0))
         if c.objective == "ar":
-            return table
+            return
         x0 = self.cut(c.seq_len, s.rule_windows)
-        for rule, K in rule_grid(s.rows, c, exact=True):
+        for rule, K in grid:
             nll, passes = score_rule(self.score, x0, rule, K, **self.how(len(x0)))
-            table.append(self.line(f"{rule} {K:g}", "=", nll, passes.mean().item()))
+            self.line(f"{rule} {K:g}", "=", nll, passes.mean().item())
         if c.block_size > 1:
             count = torch.bincount(k.flatten(), minlength=c.block_size + 1)[1:]
             total = torch.bincount(k.flatten(), loss.flatten(), minlength=c.block_size + 1)[1:]
             self.say(chart(total, count))
-        return table
 
     def drafts(self):
         """Tokens a pass of mode verify at temperature 1, by the block level and by the control, and
         how often draft i is accepted where it is reached."""
-        s, table = self.s, []
-        n = s.sample_tokens or self.c.seq_len
+        s, c, most = self.s, self.c, self.c.block_size - 1
+        n = min(s.sample_tokens or c.seq_len, c.seq_len)  # past it windows slide, and drafts end
         self.say(f"samples    {s.num_samples} of {n} tokens a row from nothing, temperature 1\n\n"
                  "drafter          drafts  tokens/pass   accepted, draft by draft")
-        control = self.control()
-        drafters = {"block level": None} | ({f"{s.ngram}-gram": control} if control else {})
-        for name, drafter in drafters.items():
-            tokens, accepted, passes = 0, torch.zeros(self.c.block_size), 0
-            offered = torch.zeros(self.c.block_size)
+        for name, drafter in ({"block level": None} | self.control()).items():
+            tokens, passes, reached, accepted = 0, 0, torch.zeros(most), torch.zeros(most)
+            # branches: drafts behind every number of accepted ones, so that a round is one pass
             for step in generate_stream(self.model, [[]] * s.num_samples, n, mode="verify",
-                                        seed=s.seed, drafter=drafter):
+                                        branches=c.block_size, seed=s.seed, drafter=drafter):
                 if step.accepted is None or step.done.any():
                     continue
                 tokens, passes = tokens + int(step.accepted.sum()) + s.num_samples, passes + 1
-                D = step.block.shape[1] - 1
-                for i in range(D):
-                    offered[i] += int((step.accepted >= i).sum())
+                for i in range(step.block.shape[1] - 1):
+                    reached[i] += int((step.accepted >= i).sum())
                     accepted[i] += int((step.accepted > i).sum())
             rate = tokens / max(1, passes) / s.num_samples
-            shares = (accepted / offered.clamp(min=1))[: self.c.block_size - 1].tolist()
-            table.append({"drafter": name, "drafts": self.c.block_size - 1, "tokens_per_pass": rate,
-                          "accepted": shares})
-            self.say(f"{name:16s} {self.c.block_size - 1:6d} {rate:12.3f}   "
-                     + " ".join(f"{x:.2f}" for x in shares))
-        return table
+            shares = (accepted / reached.clamp(min=1)).tolist()
+            self.table.append({"drafter": name, "drafts": most, "tokens_per_pass": rate,
+                               "accepted": shares})
+            shares = " ".join(f"{x:.2f}" for x in shares)
+            self.say(f"{name:16s} {most:6d} {rate:12.3f}   {shares}")
 
     def exact(self):
         """The bound by enumeration, how loose it is, and whether the estimate finds it."""
@@ -462,56 +449,40 @@ class Evaluation:
         how = self.how(len(x0) * 2**S)
         bound, order, ltr = score_exact(self.score, x0, **how)
         estimate = score_noise(self.score, x0, s.seed, **how)[0].mean(dim=1)
-        table = [self.line(*each) for each in (
-            ("exact bound", "<=", bound), ("random order", "=", order),
-            ("left to right", "=", ltr), ("estimated bound", "<=", estimate))]
+        self.line("exact bound", "<=", bound)
+        self.line("random order", "=", order)
+        self.line("left to right", "=", ltr)
+        self.line("estimated bound", "<=", estimate)
         for name, off in (("the exact bound above the random order's NLL", bound - order),
                           ("the estimate above the exact bound", estimate - bound)):
             self.say(f"{name}: {off.mean().item():+.4f} +- {window_error(off):.4f} nats/token")
-        return table
 
     def samples(self):
         """Each rule's text under the judge; the first row is held-out text of the same length."""
         s, n = self.s, self.s.sample_tokens or self.c.seq_len
-        grid = rule_grid(s.rows, self.c)
-        judge, name = load_judge(s.judge, self.state, self.tokenizer, self.device, ar_nll)
-        held_out, table = self.cut(n, s.num_samples), []
+        grid, tokenizer = rule_grid(s.rows, self.c), Tokenizer.from_meta(self.state["meta"])
+        judge, name = load_judge(s.judge, self.state, tokenizer, self.device, ar_nll)
+        text, nfe, speed = self.cut(n, s.num_samples), math.nan, math.nan
         self.say(
             f"judge      {name}\nsamples    {s.num_samples} of {n} tokens a row from nothing, one "
             f"batch, temperature {s.temperature:g}, none redrawn\n\nrule             setting  "
             "NFE/token  tokens/s   judge: nats/token  bits/byte  entropy  repeated"
         )
         for rule, value in [("held-out text", math.nan), *grid]:
-            text, nfe, speed = held_out, math.nan, math.nan
             if rule in RULES:
                 text, nfe, speed = generate_timed(self.model, rule, value, n, s)
             row = {
                 "judge": s.judge, "samples": len(text), "tokens": n, "temperature": s.temperature,
                 "rule": rule, "setting": value, "nfe_per_token": nfe, "tokens_per_s": speed,
-                **judged(judge, text, self.tokenizer), "entropy": token_entropy(text),
+                **judged(judge, text, tokenizer), "entropy": token_entropy(text),
                 "repetition": repetition(text),
             }
-            table.append(row)
+            self.table.append(row)
             self.say(
                 f"{rule:16s} {value:7g} {nfe:10.3f} {speed:9.0f}   {row['judge_nll']:8.3f} "
                 f"+- {row['judge_error']:.3f} {row['judge_bits_per_byte']:10.3f} "
                 f"{row['entropy']:8.3f} {row['repetition']:9.3f}".replace("nan", "  -")
             )
-        return table
-
-
-def chart(total, count, most=16):
-    """Bars of the mean loss given k masked, from sums and counts (S,) of blocks by k = 1..S."""
-    S = len(count)
-    edges = [S * i // min(S, most) for i in range(min(S, most) + 1)]
-    ranges = [(a, b) for a, b in zip(edges, edges[1:], strict=False) if count[a:b].sum()]
-    means = [(total[a:b].sum() / count[a:b].sum()).item() for a, b in ranges]
-    longest = max(means) or 1.0
-    lines = [f"nats per masked token when k of {S} are masked; their mean is the bound"]
-    for (a, b), mean in zip(ranges, means, strict=True):
-        label = f"{b}" if b == a + 1 else f"{a + 1}-{b}"
-        lines.append(f"{label:>9s}  {mean:.3f}  " + "#" * round(50 * mean / longest))
-    return "\n".join(lines)
 
 
 def rule_grid(rows, c, exact=False):
@@ -526,15 +497,17 @@ def rule_grid(rows, c, exact=False):
         return [*grid, ("threshold", 0.9), ("threshold", 0.5), ("entropy", 0.1), ("entropy", 1.0)]
     try:
         pairs = [row.strip().split(":") for row in rows.split(",")]
-        grid = [(r, float(v) if r in ("threshold", "entropy") else int(v)) for r, v in pairs]
+        grid = [(rule, float(v) if rule in KNOBS else int(v)) for rule, v in pairs]
     except ValueError:
         raise SettingsError("write --rows=random:8,threshold:0.9,entropy:0.5 (rule:K)") from None
+    names = [rule for rule in RULES if not exact or rule != "random"]
     for rule, value in grid:
-        if rule not in RULES or (exact and rule == "random"):
-            names = ", ".join(r for r in RULES if not exact or r != "random")
-            raise SettingsError(f"unknown rule {rule!r} in --rows: one of {names}")
-        if rule not in ("threshold", "entropy") and not 1 <= value <= c.block_size:
-            raise SettingsError(f"--rows={rule}:{value}: K must lie in 1..{c.block_size}")
+        if rule not in names:
+            raise SettingsError(f"unknown rule {rule!r} in --rows: one of {', '.join(names)}")
+        most = {"threshold": 1, "entropy": math.inf}.get(rule, c.block_size)
+        if not (0 if rule in KNOBS else 1) <= value <= most:
+            raise SettingsError(f"--rows={rule}:{value}: tau must lie in 0..1, gamma be 0 or more, "
+                                f"K lie in 1..{c.block_size}")
     return grid
 
 
@@ -544,11 +517,10 @@ def generate_timed(model, rule, value, tokens, s):
     Passes are those that revealed some of a sample, on average: what it takes by itself. In a batch
     an adaptive rule waits for the slowest sample, and tokens/s, those of the batch, show it.
     """
-    how = {"threshold": "tau", "entropy": "gamma"}.get(rule, "steps")
-    how = {how: value, "mode": "gpt" if model.config.objective == "ar" else "block"}
+    mode, knob = "gpt" if model.config.objective == "ar" else "block", KNOBS.get(rule, "steps")
     began, passes = time.perf_counter(), 0
-    for step in generate_stream(model, [[]] * s.num_samples, tokens, rule=rule, seed=s.seed,
-                                temperature=s.temperature, **how):
+    for step in generate_stream(model, [[]] * s.num_samples, tokens, mode=mode, rule=rule,
+                                seed=s.seed, temperature=s.temperature, **{knob: value}):
         passes = passes + step.new.any(dim=1).double()
     text = torch.tensor(step.rows())
     return text, passes.mean().item() / tokens, text.numel() / (time.perf_counter() - began)
@@ -559,35 +531,24 @@ def generate_timed(model, rule, value, tokens, s):
 
 def append_csv(path, table):
     """Append rows (dicts of the same keys) to a CSV file, which is made with a header if new."""
-    columns = [key for key, value in table[0].items() if not isinstance(value, list)]
+    table = [{k: f"{v:.6g}" if isinstance(v, float) else v
+              for k, v in row.items() if not isinstance(v, list)} for row in table]
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+", newline="", encoding="utf-8") as f:
             f.seek(0)
             text = f.read()
             head = text.partition("\n")[0].rstrip("\r")
-            if head not in ("", ",".join(columns)):
+            if head not in ("", ",".join(table[0])):
                 raise SettingsError(f"--csv={path} has other columns: give another file")
-            if head and not text.endswith("\n"):  # an editor's habit
-                f.write("\n")
-            writer = DictWriter(f, columns, extrasaction="ignore", lineterminator="\n")
+            writer = DictWriter(f, table[0], lineterminator="\n")
             if not head:
                 writer.writeheader()
-            for row in table:
-                writer.writerow(
-                    {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-                )
+            elif not text.endswith("\n"):  # an editor's habit
+                f.write("\n")
+            writer.writerows(table)
     except (OSError, UnicodeDecodeError) as e:
         raise SettingsError(f"--csv={path} cannot be written ({e}): give another file") from None
-
-
-def plain(value):
-    """`value` for JSON, which knows no NaN: null instead."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @guarded
@@ -597,14 +558,14 @@ def main(argv):
     asked = [job for job in ("drafts", "exact", "samples") if getattr(s, job)]
     if len(asked) > 1:
         raise SettingsError(f"one at a time: --{' or --'.join(asked)}")
-    job = (asked or ["likelihood"])[0]
-    evaluation = Evaluation(s)
-    table = getattr(evaluation, job)()
-    if s.json:
-        found = {"job": job, "settings": vars(s), "run": evaluation.run, "rows": table}
-        print(dumps(plain(found)))
+    evaluation, job = Evaluation(s), (asked or ["likelihood"])[0]
+    getattr(evaluation, job)()
+    run, table = evaluation.run, evaluation.table
+    if s.json:  # which knows no NaN: null instead
+        found = dumps({"job": job, "settings": vars(s), "run": run, "rows": table})
+        print(dumps(loads(found, parse_constant=lambda word: None)))
     if s.csv:
-        append_csv(s.csv, [evaluation.run | row for row in table])
+        append_csv(s.csv, [run | row for row in table])
 
 
 if __name__ == "__main__":

@@ -96,6 +96,18 @@ def reference_attention(q, k, v, visible):
     return torch.stack(rows, dim=-2)  # (..., Nq, D)
 
 
+def oracle_streams(q, k, v, S, causal, skip=0):
+    """The oracle's loop on streams q, k, v (streams, 1, N, 1, D) in the layout of model.py: each
+    noisy copy by itself beside the clean stream. Returns (streams - skip, 1, N, 1, D) float64."""
+    N, rows = q.shape[2], []
+    for copy in range(1, len(q)):
+        pair = [torch.cat([x[0, 0, :, 0], x[copy, 0, :, 0]]) for x in (q, k, v)]
+        y = reference_attention(*pair, two_stream_rule(N, S, causal))
+        rows = rows or [y[:N]]
+        rows.append(y[N:])
+    return torch.stack(rows)[skip:, None, :, None]
+
+
 def block_causal_attention(q, k, v, S):
     """The same as reference_attention under block_causal_rule(S), with a dense (N, N) mask.
 

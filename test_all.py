@@ -52,7 +52,6 @@ from tests.common import (
     generator,
     masked_logits,
     noisy_for,
-    oracle_streams,
     read_log,
     refuses,
     terms_of,
@@ -309,7 +308,7 @@ def test_attention_equals_oracle():
         exact = [x.double().requires_grad_() for x in ins]
         skips = (0,) if causal else (0, 1)
         for skip in skips:
-            truth = oracle_streams(*exact, S, causal, skip)
+            truth = reference.oracle_streams(*exact, S, causal, skip)
             wanted = torch.autograd.grad((truth * g[skip:]).sum(), exact)
             for chunk in (1, 8, 64):
                 q, k, v = (x.clone().requires_grad_() for x in ins)
@@ -382,7 +381,7 @@ def test_attention_half_precision():
     ):
         ins = [(scale * x).to(dtype) for x in torch.randn(3, 2, 1, N, 1, 32,
                                                           generator=generator(7))]
-        truth = oracle_streams(*ins, S, causal)
+        truth = reference.oracle_streams(*ins, S, causal)
         parts = cascade.stream_parts(N, S, 2, 0, causal, "cpu")
         off = diff(cascade.chunked_attention(*ins, parts), truth)
         allowed = 1e-3 if scale < 1 else truth.abs().max().item() * 2**-8

@@ -17,6 +17,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +28,7 @@ import torch
 from torch import nn
 
 from corrupt import SCHEDULES, WEIGHTINGS, Rates, corrupt_all_blocks, corrupt_target_block
-from eval import MEANING, SIGN, Score, ar_input, evaluate, step_generator
+from eval import Score, ar_input, evaluate, step_generator
 from model import CascadeConfig, CascadeLM
 from sample import DEFAULTS as SAMPLE
 from sample import generate_stream
@@ -189,12 +190,11 @@ def micro_batches(s, mask_id, split, step, rank, world):
         noisy = corrupt_all_blocks(*how, copies=s.copies)
         mask, weight = (t.view(s.copies, *blank.shape)[:, mine] for t in noisy[1:3])
         xt = x0.expand_as(mask).masked_fill(mask, mask_id)
-    k = mask.unflatten(-1, (-1, s.block_size)).sum(dim=-1, keepdim=True).clamp(min=1)
-    share = (1 / k).expand(*k.shape[:-1], s.block_size).flatten(-2)  # a mean over each block
-    out, fields = [], (x0, xt, mask, weight / blocks, share / blocks)
-    for x0, xt, mask, *weights in zip(
-        *(t.split(s.micro_batch or part, dim=-2) for t in fields), strict=True
-    ):
+    k = mask.unflatten(-1, (-1, s.block_size)).sum(dim=-1).clamp(min=1)
+    share = (1 / k).repeat_interleave(s.block_size, dim=-1)  # a mean over each block
+    whole, out = (x0, xt, mask, weight / blocks, share / blocks), []
+    parts = (t.split(s.micro_batch or part, dim=-2) for t in whole)
+    for x0, xt, mask, *weights in zip(*parts, strict=True):
         index = mask.flatten().nonzero()[:, 0]
         out.append((x0, xt, index, *(w.flatten()[index] for w in weights)))
     return out
@@ -203,9 +203,8 @@ def micro_batches(s, mask_id, split, step, rank, world):
 # ---- the run -----------------------------------------------------------------------------------
 
 
-def in_training(compiled, eager):
-    """compiled, but eager where no gradient comes: evaluation is too short to compile for."""
-    return lambda *args: (compiled if torch.is_grad_enabled() else eager)(*args)
+def in_training(compiled, eager, *args):
+    return (compiled if torch.is_grad_enabled() else eager)(*args)
 
 
 class Run:
@@ -230,13 +229,11 @@ class Run:
         self.score.to(s.device)
         self.optimizers = make_optimizers(self.model, s)
         self.step, self.saved, self.seconds = 0, 0, 0.0
-        self.weights = {"bound": 1.0, "gpt": s.gpt_weight, "joint": s.joint_weight}
-        if s.objective == "ar":
-            self.weights = {"gpt": 1.0}
-        elif self.config.context == "block":
+        self.weights = {"gpt": 1.0} if s.objective == "ar" else {"bound": 1.0, "gpt": s.gpt_weight}
+        if s.context == "block":
             del self.weights["gpt"]
-        if not self.config.local_window:
-            self.weights.pop("joint", None)
+        if s.local_window:
+            self.weights["joint"] = s.joint_weight
         self.val, self.final = {}, {}  # term -> (mean, standard error)
         self.best, self.best_step = math.inf, 0
         self.norms = torch.zeros((), device=s.device)  # the gradients' norms, added up
@@ -252,32 +249,31 @@ class Run:
             # layers are compiled one by one: splitting them to overlap communication breaks flex
             torch._dynamo.config.optimize_ddp = False
             self.parallel = nn.parallel.DistributedDataParallel(self.score, broadcast_buffers=False)
-        train, val = (len(self.data.split(n)) for n in ("train", "val"))
-        lines += [
-            f"model      {self.model.count_parameters():,} parameters: {s.n_layer} layers, "
-            f"{s.n_head} heads, width {s.n_embd}, context {s.seq_len}",
-            f"data       {self.data.name}: {train:,} train and {val:,} validation tokens",
-            f"step       {s.batch_size} sequences = {s.batch_size * s.seq_len:,} tokens"
-            + (", autoregressive" if s.objective == "ar" else f", {s.noise} noise in {s.corruption}"
-               f" blocks of {s.block_size}, noisy copies: {s.copies}"),
-        ]
         if processes.main:
-            print("\n".join(lines), flush=True)
+            print("\n".join([*lines, *self.described()]), flush=True)
+
+    def described(self):
+        """Lines on what will be trained, on what."""
+        s, data = self.s, self.data
+        what = (f"{s.noise} noise in {s.corruption} blocks of {s.block_size}, noisy copies: "
+                f"{s.copies}" if s.objective == "diffusion" else "autoregressive")
+        yield (f"model      {self.model.count_parameters():,} parameters: {s.n_layer} layers, "
+               f"{s.n_head} heads, width {s.n_embd}, context {s.seq_len}")
+        yield (f"data       {data.name}: {len(data.split('train')):,} train and "
+               f"{len(data.split('val')):,} validation tokens")
+        yield (f"step       {s.batch_size} sequences = {s.batch_size * s.seq_len:,} tokens, {what}")
 
     def compile(self):
         """Compile the layers, one code for all of a shape, by trial passes that change nothing, two
         since counts differ; their time is training time. What fails runs eager and says so."""
-        began = time.perf_counter()
-        flex = self.s.attention == "flex"  # which has no use uncompiled
+        began, flex = time.perf_counter(), self.s.attention == "flex"
         for block in self.model.blocks:  # the forward alone: fully_shard's hooks stay outside
             compiled = torch.compile(block.forward, dynamic=self.dynamic_shapes())
-            block.forward = compiled if flex else in_training(compiled, block.forward)
+            # evaluation is too short to compile for; but flex has no use uncompiled
+            block.forward = compiled if flex else partial(in_training, compiled, block.forward)
         try:
             for step in (self.step, self.step + 1):
-                batch = self.make_batches(step)[0]
-                *inputs, weight, share = (t.to(self.s.device) for t in batch)
-                with autocast(self.s):
-                    self.terms(self.score(*inputs), weight, share).sum().backward()
+                self.terms(self.score, self.make_batches(step)[0]).sum().backward()
         except Exception as e:  # of the compiler, or of the compiler that it calls
             if flex:
                 raise
@@ -289,41 +285,43 @@ class Run:
         self.seconds += time.perf_counter() - began
 
     def dynamic_shapes(self):
-        """False where every micro-batch masks equally many tokens, None where the compiler has to
-        find out: exact counts in whole strata are static."""
-        s, S = self.s, self.config.block_size
-        size = s.micro_batch or s.batch_size // self.processes.world
-        whole = s.copies == 2 or size * (s.seq_len // S) % S == 0
+        """False where every micro-batch masks equally many tokens, as exact counts in whole strata
+        do; None: the compiler finds out."""
+        s, size = self.s, self.s.micro_batch or self.s.batch_size // self.processes.world
+        whole = s.copies == 2 or size * (s.seq_len // s.block_size) % s.block_size == 0
         exact = s.noise == "balanced" and s.corruption == "all" and not s.full_share
         static = s.objective == "ar" or (exact and whole)
         return False if static else None
 
+    def uncompiled(self):
+        """A copy of the model to decode with, whose shapes change from pass to pass."""
+        model = CascadeLM(self.config).to(self.s.device)
+        model.load_state_dict(self.model.state_dict())
+        return model.eval()
+
     def progress(self, seconds):
         """How much of the budget is used, in [0, 1]: of steps or of minutes, the larger."""
         s = self.s
-        by_steps = self.step / s.max_steps if s.max_steps > 0 else 0.0
-        by_clock = seconds / 60 / s.max_minutes if s.max_minutes > 0 else 0.0
+        by_steps = self.step / s.max_steps if s.max_steps else 0.0
+        by_clock = seconds / 60 / s.max_minutes if s.max_minutes else 0.0
         return min(1.0, max(by_steps, by_clock))
 
     def make_batches(self, step):
         """The micro-batches of a step, in pinned memory where a GPU will fetch them."""
-        rank, world = self.processes.rank, self.processes.world
-        split = self.data.split("train")
-        batches = micro_batches(self.s, self.config.mask_id, split, step, rank, world)
+        batches = micro_batches(self.s, self.config.mask_id, self.data.split("train"), step,
+                                self.processes.rank, self.processes.world)
         pin = self.s.device.startswith("cuda")
         return [[t.pin_memory() for t in batch] for batch in batches] if pin else batches
 
-    def terms(self, nll, weight, share):
-        """The terms of the loss that `weights` names, in nats per token, of what `Score` gave."""
-        gpt, single, joint = nll
-        found = {"bound": (single * weight).sum(), "joint": None, "gpt": None}
-        if self.s.objective == "ar":
-            found["gpt"] = found["bound"]
-        elif gpt is not None:
-            found["gpt"] = gpt.sum() / (self.s.batch_size * (self.s.seq_len - 1))
-        if "joint" in self.weights:
-            found["joint"] = (joint * share).sum()
-        return torch.stack([found[name] for name in self.weights])
+    def terms(self, score, batch):
+        """The terms of the loss that `weights` names, in nats per token, of a micro-batch."""
+        *inputs, weight, share = (t.to(self.s.device, non_blocking=True) for t in batch)
+        with autocast(self.s):
+            gpt, single, joint = score(*inputs)
+            found = {"bound": (single * weight).sum(), "joint": (joint * share).sum()}
+            found["gpt"] = found["bound"] if gpt is None else (  # of objective "ar"
+                gpt.sum() / (self.s.batch_size * (self.s.seq_len - 1)))
+            return torch.stack([found[name] for name in self.weights])
 
     def train_step(self, progress):
         """One optimizer step; returns this process's share of the `terms` of the loss."""
@@ -335,13 +333,11 @@ class Run:
         batches = self.batches(self.step)
         weights, total = torch.tensor([*self.weights.values()]).to(s.device), 0.0
         for i, batch in enumerate(batches):
-            *inputs, weight, share = (t.to(s.device, non_blocking=True) for t in batch)
-            self.masked += len(weight)
+            self.masked += len(batch[-1])
             # sharded gradients are exchanged for each micro-batch: whole ones would have to fit
             hold = self.parallel is not self.score and i < len(batches) - 1
             with self.parallel.no_sync() if hold else nullcontext():
-                with autocast(s):
-                    terms = self.terms(self.parallel(*inputs), weight, share)
+                terms = self.terms(self.parallel, batch)
                 # gradients are averaged over processes; the terms are over the global batch already
                 (terms @ weights * world).backward()
             total += terms.detach()
@@ -368,9 +364,8 @@ class Run:
 
     def evaluate(self, windows):
         self.check_finite("gradient", self.norms)
-        val, batch = self.data.split("val"), self.s.micro_batch or 16
-        how = 0, batch, lambda: autocast(self.s), self.processes
-        found = evaluate(self.score, val, windows, *how)
+        found = evaluate(self.score, self.data.split("val"), windows, 0, self.s.micro_batch or 16,
+                         lambda: autocast(self.s), self.processes)
         for name, (mean, _) in found.items():
             self.check_finite(f"validation {name}", mean)
         return found
@@ -464,9 +459,13 @@ def train_loop(run):
     return int(asked)
 
 
+LEVELS = {"bound": ("<=", "bound of the block level"), "gpt": ("=", "NLL of the GPT level"),
+          "joint": ("=", "NLL of one pass a block")}
+
+
 def finish(run, stopped):
-    """The terms with their standard errors, a sample, where things lie and what to try next; of a
-    run that was `stopped`, how to go on. The weights are saved before anything else."""
+    """The last figures, a sample, and what to try next; of a run that was `stopped`, how to go on.
+    The weights are saved before anything else."""
     s, val = run.s, run.data.split("val")
     if run.step > run.saved:
         run.save()
@@ -492,15 +491,13 @@ def finish(run, stopped):
         f"{min(s.final_windows, len(val) // s.seq_len)} validation windows of {s.seq_len}:"
     )
     for name, (mean, error) in run.final.items():
-        sign, bits = SIGN[name], mean / math.log(2) / val.bytes_per_token
-        print(f"{MEANING[name]:42s} {sign:>2} {mean:.4f} +- {error:.4f} nats/token, "
+        (sign, meaning), bits = LEVELS[name], mean / math.log(2) / val.bytes_per_token
+        print(f"{meaning:42s} {sign:>2} {mean:.4f} +- {error:.4f} nats/token, "
               f"{sign} {bits:.4f} bits/byte")
     if s.sample_tokens and not s.shard:  # a sharded model may not fit one device
         heat = SAMPLE["temperature"]
         print(f"\n---- a sample, unedited: temperature {heat}, seed {s.seed} ".ljust(80, "-"))
-        model = CascadeLM(run.config).to(s.device)  # not compiled: decoding's shapes change
-        model.load_state_dict(run.model.state_dict())
-        *_, last = generate_stream(model.eval(), [[]], s.sample_tokens, temperature=heat,
+        *_, last = generate_stream(run.uncompiled(), [[]], s.sample_tokens, temperature=heat,
                                    seed=s.seed)
         print(printable(run.data.tokenizer.decode(last.rows()[0])) + "\n" + "-" * 79)
         print(f"{s.sample_tokens} tokens in {last.nfe} passes: "

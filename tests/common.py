@@ -17,7 +17,6 @@ import torch
 
 import corrupt
 import model as cascade
-import reference
 import train
 from eval import Score
 from util import checkpoint, dataset, machine
@@ -156,18 +155,6 @@ def masked_logits(net, x0, xt, joint=False):
         )
         h = net.local(h, left)
     return net.logits(h)
-
-
-def oracle_streams(q, k, v, S, causal, skip=0):
-    """The oracle's loop on streams q, k, v (streams, 1, N, 1, D) in the layout of model.py: each
-    noisy copy by itself beside the clean stream. Returns (streams - skip, 1, N, 1, D) float64."""
-    N, rows = q.shape[2], []
-    for copy in range(1, len(q)):
-        pair = [torch.cat([x[0, 0, :, 0], x[copy, 0, :, 0]]) for x in (q, k, v)]
-        y = reference.reference_attention(*pair, reference.two_stream_rule(N, S, causal))
-        rows = rows or [y[:N]]
-        rows.append(y[N:])
-    return torch.stack(rows)[skip:, None, :, None]
 
 
 # ---- data and runs -------------------------------------------------------------------------------

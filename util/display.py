@@ -1,10 +1,11 @@
-"""The terminal: text while it is written, and a progress line."""
+"""The terminal: text while it is written, a progress line, and bars."""
 
 import re
 import shutil
 import sys
 import time
 import unicodedata
+from itertools import pairwise
 
 PLAIN, DIM, BRIGHT, OWN = "", "\x1b[2m", "\x1b[1;92m", "\x1b[1;93m"
 
@@ -126,7 +127,7 @@ class Progress:
 
     def __init__(self, label, total, unit="B"):
         self.label, self.total, self.unit = label, max(total, 1), unit
-        self.first, self.start, self.shown_at = None, 0.0, 0.0
+        self.first, self.start, self.shown_at, self.done = None, 0.0, 0.0, 0
         self.visible = sys.stderr.isatty()
 
     def update(self, done):
@@ -144,7 +145,26 @@ class Progress:
         print(f"\r{self.label} {done / self.total:4.0%} | {rate}{self.unit}/s | "
               f"eta {eta}\033[K", end="", file=sys.stderr, flush=True)
 
+    def advance(self, more):
+        """`more` units are done; with the last of them the line is cleared."""
+        self.done += more
+        self.close() if self.done >= self.total else self.update(self.done)
+
     def close(self):
         """Clear the line."""
         if self.visible:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def chart(total, count, most=16):
+    """Bars of the mean loss given k masked, from sums and counts (S,) of blocks by k = 1..S."""
+    S = len(count)
+    edges = [S * i // min(S, most) for i in range(min(S, most) + 1)]
+    bars = [(a, b, (total[a:b].sum() / count[a:b].sum()).item())
+            for a, b in pairwise(edges) if count[a:b].sum()]
+    longest = max(mean for *_, mean in bars) or 1.0
+    lines = [f"nats per masked token when k of {S} are masked; their mean is the bound"]
+    for a, b, mean in bars:
+        label = f"{b}" if b == a + 1 else f"{a + 1}-{b}"
+        lines.append(f"{label:>9s}  {mean:.3f}  " + "#" * round(50 * mean / longest))
+    return "\n".join(lines)

@@ -19,25 +19,19 @@ from util.configurator import SettingsError, first_line
 # dense bf16 matrix peaks in FLOP/s from the vendors' data sheets, for MFU; float32 products take
 # TF32 units ("high" precision), at half of that
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-
-# from this many minutes of training on, compiling on a CPU gains more than the time that it takes
-COMPILE_MINUTES = 20
+COMPILE_MINUTES = 20  # of training, from which compiling on a CPU gains more time than it takes
 
 
 def cpu_multiplies_bf16():
     """Whether the processor has matrix or dot-product units for bf16 (else torch emulates it)."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text() if info.exists() else ""
     return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
 def choose_device(name, local_rank=0):
-    """A device's name from the setting `device`; SettingsError for one that is not here.
-
-    Left out: mps, which has no float64, and the draws and sums here are made in it.
-    """
+    """A device's name from the setting `device`; SettingsError for one that is not here, and for
+    mps, which has no float64, in which the draws and sums here are made."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         name = "cuda" if gpus else "cpu"
@@ -49,13 +43,11 @@ def choose_device(name, local_rank=0):
 
 
 def choose_dtype(s, device, small=False):
-    """Resolve s.dtype; returns why. `small`: for passes of few tokens, as in decoding, where a CPU
-    gains nothing by bf16."""
-    why = "as set"
-    if s.dtype == "auto" and device == "cpu" and small:
+    """Resolve s.dtype; returns why. `small`: for passes of few tokens, as in decoding."""
+    why, cpu = "as set", device == "cpu"
+    if s.dtype == "auto" and cpu and small:
         s.dtype, why = "float32", "passes of few tokens gain nothing by bf16 on a CPU"
     elif s.dtype == "auto":
-        cpu = device == "cpu"
         has = cpu_multiplies_bf16() if cpu else torch.cuda.is_bf16_supported()
         s.dtype = "bfloat16" if has else "float32"
         why = f"this {'processor' if cpu else 'GPU'} has {'' if has else 'no '}bf16 units"
@@ -75,7 +67,7 @@ def keep_memory():
 
 
 def autocast(s):
-    """The context in which the settings' dtype is computed in."""
+    """The context that computes in the settings' dtype."""
     on = s.dtype == "bfloat16"
     return torch.autocast(s.device.split(":")[0], dtype=torch.bfloat16) if on else nullcontext()
 
@@ -89,36 +81,32 @@ def choose_machine(s, local_rank=0, world=1):
     why = choose_dtype(s, s.device)
     if s.compile not in ("auto", "true", "false"):
         raise SettingsError(f"--compile must be auto, true or false, not {s.compile!r}")
-    narrow = s.n_embd < 16 * s.n_head  # FlexAttention's kernels start at a head dimension of 16
+    # FlexAttention's kernels start at a head dimension of 16
+    flex = on_cuda and s.compile != "false" and s.n_embd >= 16 * s.n_head
+    if s.attention == "flex" and not flex:
+        raise SettingsError(
+            "--attention=flex needs CUDA, --compile=true and heads of 16 or more; use chunk"
+        )
     if s.attention == "auto":
-        flex = on_cuda and s.compile != "false" and not narrow
         s.attention = "flex" if flex else "chunk"
-    reason = None
+    note = {"chunk": "exact, in chunks of whole blocks; flex, faster, needs CUDA",
+            "flex": "FlexAttention with a cached block mask"}[s.attention]
+    lines = [f"device     {torch.cuda.get_device_name(s.device) if on_cuda else s.device}",
+             f"dtype      {s.dtype}: {why}", f"attention  {s.attention}: {note}"]
     if s.compile == "auto" and not on_cuda:
         compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
         found = shutil.which(compiler) is not None
         s.compile = "true" if found and s.max_minutes >= COMPILE_MINUTES else "false"
-        reason = (f"on a CPU it pays from --max_minutes={COMPILE_MINUTES} on" if found
-                  else f"there is no C++ compiler {compiler} here")
+        lines.append(f"compile    {s.compile}: " + (
+            f"on a CPU it pays from --max_minutes={COMPILE_MINUTES} on" if found
+            else f"there is no C++ compiler {compiler} here"))
     s.compile = s.attention == "flex" if s.compile == "auto" else s.compile == "true"
-    if s.attention == "flex" and (narrow or not (on_cuda and s.compile)):
-        raise SettingsError(
-            "--attention=flex needs CUDA, --compile=true and heads of 16 or more; use chunk"
-        )
-    note = {"chunk": "exact, in chunks of whole blocks; flex, faster, needs CUDA",
-            "flex": "FlexAttention with a cached block mask"}[s.attention]
-    name = torch.cuda.get_device_name(s.device) if on_cuda else s.device
-    found = {"device": name, "dtype": f"{s.dtype}: {why}", "attention": f"{s.attention}: {note}"}
-    if reason:
-        found["compile"] = f"{str(s.compile).lower()}: {reason}"
-    return [f"{what:10s} {value}" for what, value in found.items()]
+    return lines
 
 
 def peak_flops(s):
     """The matrix peak of the settings' GPU in their dtype, or None where it is not in the table."""
-    if not s.device.startswith("cuda"):
-        return None
-    name = torch.cuda.get_device_name(s.device)
+    name = torch.cuda.get_device_name(s.device) if s.device.startswith("cuda") else ""
     peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
     return peak / 2 if peak and s.dtype == "float32" else peak
 
@@ -177,7 +165,7 @@ class Stop:
 
 
 class Processes:
-    """torchrun's view of this process, or a world of one; `close` ends the group."""
+    """torchrun's view of this process, or a world of one."""
 
     def __init__(self):
         names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -191,11 +179,10 @@ class Processes:
 
     def open(self, device):
         """Join the group; `device` is this process's own, as choose_device names it."""
-        on_cuda = device.startswith("cuda")
-        if on_cuda:
+        if device != "cpu":
             torch.cuda.set_device(device)
         if self.world > 1:  # gloo for what the hosts decide, so that no GPU has to be waited for
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
+            dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
 
     def sum(self, tensor):
         """Sum over all processes, in place."""
@@ -205,10 +192,9 @@ class Processes:
 
     def from_main(self, *numbers):
         """The main process's floats, on every process: decisions by the clock must agree."""
-        if self.world == 1:
-            return numbers
         tensor = torch.tensor(numbers, dtype=torch.float64)
-        dist.broadcast(tensor, src=0)
+        if self.world > 1:
+            dist.broadcast(tensor, src=0)
         return tensor.tolist()
 
     def main_first(self, work):
@@ -227,11 +213,8 @@ class Processes:
         return result
 
     def only_once(self, error):
-        """`error`, to be raised by this process; but SystemExit if the main process says the same.
-
-        It is heard through torchrun's store; without that, or without a word from it within a few
-        seconds, every process speaks for itself.
-        """
+        """`error`, to be raised by this process; but SystemExit if the main process says the same,
+        through torchrun's store. Without a word from it every process speaks for itself."""
         words = ("gloo", "NCCL", "Connection", "Broken pipe")
         if self.world > 1 and isinstance(error, RuntimeError) and (
             isinstance(error, dist.DistError) or any(w in str(error) for w in words)
