@@ -17,8 +17,8 @@ mkdir -p $out
 
 train() {  # name settings...: one run on one thread, unless it is finished
     [ -f $out/$1/done ] && return
-    OMP_NUM_THREADS=1 python train.py --max_minutes=0 --max_steps=$steps --eval_every=500 \
-        --sample_tokens=0 --out_dir=$out/$1 --overwrite=true "${@:2}" > $out/$1.txt
+    OMP_NUM_THREADS=1 python train.py "${@:2}" --max_minutes=0 --max_steps=$steps \
+        --eval_every=500 --sample_tokens=0 --out_dir=$out/$1 --overwrite=true > $out/$1.txt
     touch $out/$1/done
 }
 levels() {  # name rows: every level and these rules
