@@ -513,7 +513,7 @@ def test_streams_equal_blocks():
 def test_joint_target():
     """joint_target="gpt": the joint term is the cross-entropy against the GPT level's distribution,
     which gets no gradient from it; the first token of a text, which it does not know, has the
-    text's."""
+    text's, and so has all of evaluation."""
     net = tiny_model(seq_len=12, block_size=4)
     x0 = tokens_for(net)
     noisy, index = noisy_for(net, x0)
@@ -523,6 +523,9 @@ def test_joint_target():
     want = -(teacher * logp).sum(-1).flatten()[index]
     first = index % 12 == 0
     assert first.any() and diff(joint[first], single[first]) == 0
+    with torch.no_grad():  # as in evaluation, whose figures are likelihoods of the text
+        text = Score(net)(x0, noisy.xt, index)[2]
+        assert diff(Score(net, "gpt")(x0, noisy.xt, index)[2], text) == 0 < diff(joint, text)
     joint[~first].sum().backward()
     got = {n: p.grad.clone() for n, p in net.named_parameters()}
     net.zero_grad()

@@ -18,6 +18,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -248,7 +249,10 @@ class Run:
         if processes.world > 1 and not s.shard:
             # layers are compiled one by one: splitting them to overlap communication breaks flex
             torch._dynamo.config.optimize_ddp = False
-            self.parallel = nn.parallel.DistributedDataParallel(self.score, broadcast_buffers=False)
+            parallel = nn.parallel.DistributedDataParallel
+            known = "forward_sync_buffers" in signature(parallel).parameters  # torch 2.13 on
+            buffers = "forward_sync_buffers" if known else "broadcast_buffers"
+            self.parallel = parallel(self.score, **{buffers: False})
         if processes.main:
             print("\n".join([*lines, *self.described()]), flush=True)
 
@@ -262,6 +266,7 @@ class Run:
         yield (f"data       {data.name}: {len(data.split('train')):,} train and "
                f"{len(data.split('val')):,} validation tokens")
         yield (f"step       {s.batch_size} sequences = {s.batch_size * s.seq_len:,} tokens, {what}")
+        yield "loss       " + " + ".join(f"{w:g} {term}" for term, w in self.weights.items())
 
     def compile(self):
         """Compile the layers, one code for all of a shape, by trial passes that change nothing, two
