@@ -50,15 +50,16 @@ $(lscpu | sed -n 's/Model name: *//p' | head -1), $(nproc) cores shared with oth
 $(grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo && echo yes || echo no), \
 torch $(python -c 'import torch; print(torch.__version__)'). Seed 1337, one run each.
 The text is the complete Shakespeare by characters. \`+-\` is the standard error of the mean over
-validation windows, which all models share. Two figures that differ by less may change places on other text.
+validation windows, which all models share: two figures that differ by less may change places on
+other text.
 EOF
 say "## The quick start" "\`python train.py config/nano.py\`, 4.5 minutes on both cores:"
-sed 's/^/    /' $out/nano.txt | grep -vE '^    step +[0-9]*50 ' >> $page
+sed 's/^/    /; 1i\\' $out/nano.txt | grep -vE '^    step +[0-9]*50 ' >> $page
 say "## Four models, $steps steps of 512 characters each, one thread" \
     "Each is named by what differs from the defaults of train.py."
 for run in "s8" "s16 --block_size=16" "bd3lm config/bd3lm.py" "ar --objective=ar"; do
     say "**$run**"
-    grep -E "^(model|after|bound|NLL)" $out/${run%% *}.txt | sed 's/^/    /' >> $page
+    grep -E "^(model|after|bound|NLL)" $out/${run%% *}.txt | sed 's/^/    /; 1i\\' >> $page
 done
 say "## Every level, and rules at K passes a block"
 rm -f $out/*.csv
