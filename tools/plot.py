@@ -82,7 +82,7 @@ def draw_frontier(plt, rows):
     axes.minorticks_off()
     axes.set(xlabel="forward passes per token (further left: fewer)",
              ylabel="NLL of what is written, nats per token")
-    axes.legend()
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=3, fontsize=9)
     return figure
 
 
