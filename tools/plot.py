@@ -107,7 +107,8 @@ def main(argv):
     if s.frontier:
         columns = ("method", "passes_per_token", "nll", "nll_error")
         remedy = f"give --frontier=FILE.csv with the columns {','.join(columns)}"
-        figures["frontier"] = draw_frontier(pyplot(), read_table(s.frontier, columns, remedy))
+        rows = read_table(s.frontier, columns, remedy)
+        figures["frontier"] = draw_frontier(pyplot(), rows)
     if s.runs:
         columns, tables = ("step", "seconds", *(f"val_{term}" for term in DASHES)), {}
         for run in s.runs.split(","):
