@@ -1683,6 +1683,21 @@ def test_rules_by_definition():
     return f"{checked} decisions as defined"
 
 
+def test_windows_of_one_block():
+    """Where a block is as long as the context, mode block keeps no text before it: no pass reads
+    beyond the context, whose positions end there."""
+    net, ends, read = tiny_model(seq_len=4, block_size=4), [], sample.read
+
+    def spy(model, tokens, cache, *more, **how):
+        ends.append(int(cache.length.max()) + tokens.shape[1])
+        return read(model, tokens, cache, *more, **how)
+
+    with mock.patch.object(sample, "read", spy):
+        rows = sample.generate(net, [[1], []], 12, mode="block", steps=2)
+    assert [len(row) for row in rows] == [13, 12]
+    return within(max(ends), 4, f"{len(ends)} passes, the last position read")
+
+
 def test_every_rule_and_step_count():
     """Mode block: all five rules, K = 1..S, ragged prompts: what a pass may touch, how many there
     are, and that the rule sees the model's own distribution, whatever the temperature."""

@@ -436,6 +436,8 @@ MISTAKES = (  # script, what all its lines begin with, (the rest of a line, word
         ("--local_window=17", "local_window", "0..seq_len"), ("--local_window=-1", "0..seq_"),
         ("--gpt_weight=-1", "--gpt_weight must be 0 or more"), ("--gpt_weight=nan", "0 or mor"),
         ("--joint_weight=-0.5", "--joint_weight must be 0 or more"),
+        ("--local_hidden=-5", "local_hidden must"), ("--noise=uniform", "--full_share=0"),
+        ("--joint_target=gpt --context=block", "--context=causal"),
         ("--copies=3", "--copies must be one of 1, 2"), ("--context=both", "causal or block"))),
     (evaluation, "--out_dir=S4", (
         ("--exakt=true", "did you mean exact"), ("--batch=0", "--batch"),
@@ -443,6 +445,7 @@ MISTAKES = (  # script, what all its lines begin with, (the rest of a line, word
         ("--split=test", "no split 'test'"), ("--dataset=nowhere", "no dataset"),
         ("--device=tpu", "not on this machine"), ("--samples=true", "needs --judge=DIR"),
         ("--samples=true --judge=S4", "not autoregressive"), ("--rows=random:2", "unknown r"),
+        ("--rows=entropy:-1", "gamma be 0 or more"), ("--rows=threshold:5", "tau must lie in 0..1"),
         ("--samples=true --judge=foreign", "another vocabulary"),
         ("--samples=true --judge=hf:/no/such", "--judge=hf:"),
         ("--csv=held.csv --rows=confidence:1", "other columns"),
