@@ -43,6 +43,7 @@ from util.machine import (
     choose_device,
     choose_dtype,
     choose_machine,
+    lacks_flash,
     peak_flops,
     train_flops,
 )
@@ -301,9 +302,10 @@ def parity(device, dtype, N, S, copies, causal, skip, path):
     g = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1)).double()
     wanted = torch.autograd.grad((truth * g).sum(), exact)
     q, k, v = (x.to(device).requires_grad_() for x in (q, k, v))
-    if path == "flex":
+    if path != "chunk":
         attend = torch.compile(flex_stream_attention, dynamic=False)
-        y = attend(q[skip:], k, v, flex_block_mask(N, S, 1 + copies, skip, causal, device))
+        y = attend(q[skip:], k, v, flex_block_mask(N, S, 1 + copies, skip, causal, device),
+                   "FLASH" if path == "flash" else "AUTO")
     else:
         parts = stream_parts(N, S, 1 + copies, skip, causal, device)
         y = chunked_attention(q[skip:], k, v, parts)
@@ -318,8 +320,11 @@ def parity(device, dtype, N, S, copies, causal, skip, path):
 def gpu_parity(s):
     """Every attention path against the oracle on the device, both contexts"""
     shapes = ((256, 16, 1, True, 0), (256, 16, 2, False, 1), (192, 4, 1, False, 0))
-    for path in ("chunk", "flex") if s.device.startswith("cuda") else ("chunk",):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    lacks = lacks_flash(s) if s.device.startswith("cuda") else "it needs CUDA"
+    if lacks:
+        yield "attention by flash", f"SKIPPED: {lacks}"
+    for path in ("chunk", "flex", "flash")[: 1 if s.device == "cpu" else 2 + (not lacks)]:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)[path == "flash" :]:
             torch._dynamo.reset()
             errors = [parity(s.device, dtype, *shape, path) for shape in shapes]
             y, grad = (max(e) for e in zip(*errors, strict=True))

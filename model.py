@@ -185,14 +185,17 @@ def flex_block_mask(N, S, streams, skip, causal, device):
     return make(visible, None, None, (streams - skip) * N, streams * N, device=device)
 
 
-def flex_stream_attention(q, k, v, block_mask):
+def flex_stream_attention(q, k, v, block_mask, backend="AUTO"):
     """As chunked_attention, by FlexAttention: fast once compiled, on CUDA. q, k, v as there.
 
-    Uncompiled it materialises the scores, and on a CPU it has no backward: tests use it so.
+    `backend` FLASH: flash-attn's kernels in place of Triton's. Uncompiled it materialises the
+    scores, and on a CPU it has no backward: tests use it so.
     """
     streams, N = q.shape[0], q.shape[2]
     q, k, v = (x.to(v.dtype).permute(1, 3, 0, 2, 4).flatten(2, 3) for x in (q, k, v))
-    y = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+    options = {"BACKEND": backend} if backend != "AUTO" else None  # older torches have no such key
+    y = flex_attention(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1],
+                       kernel_options=options)
     return y.unflatten(2, (streams, N)).permute(2, 0, 3, 1, 4)
 
 
@@ -348,8 +351,8 @@ class CascadeLM(nn.Module):
 
     def __init__(self, config, attention="chunk"):
         super().__init__()
-        if attention not in ("chunk", "flex"):
-            raise ValueError(f"attention must be chunk or flex, not {attention!r}")
+        if attention not in ("chunk", "flex", "flash"):
+            raise ValueError(f"attention must be chunk, flex or flash, not {attention!r}")
         self.config = config
         self.attention = attention
         self.embed = nn.Embedding(config.vocab_size + 1, config.n_embd)  # the last row is [MASK]
@@ -410,11 +413,13 @@ class CascadeLM(nn.Module):
             raise ValueError(f"{N} tokens exceed the model's context of {c.seq_len}")
         causal = c.context == "causal"
         last = int(count > 1 and not causal)  # streams without queries in the last layer
-        flex = self.attention == "flex"
-        how = {skip: flex_block_mask(N, c.block_size, count, skip, causal, str(device)) if flex
-               else stream_parts(N, c.block_size, count, skip, causal, str(device))
+        flex = self.attention != "chunk"
+        make = flex_block_mask if flex else stream_parts
+        how = {skip: make(N, c.block_size, count, skip, causal, str(device))
                for skip in (0, last)}
         path = flex_stream_attention if flex else chunked_attention
+        if self.attention == "flash":
+            path = partial(path, backend="FLASH")
 
         def attend(layer, q, k, v):
             return path(q, k, v, how[len(k) - len(q)])

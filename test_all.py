@@ -13,6 +13,7 @@ tests/, and are run with them.
 import contextlib
 import functools
 import importlib
+import io
 import itertools
 import math
 import multiprocessing
@@ -621,6 +622,34 @@ def test_compile_auto():
         assert run.s.compile is False
         assert run.train_step(0.0).isfinite().all()
     return "3 choices; a failed compilation trains eager"
+
+
+def test_flash_backend():
+    """On a Hopper GPU "auto" takes FlexAttention's flash backend where it is installed, else
+    says why not; where it fails to run, the layers are compiled anew without it."""
+    said, flash = [], "torch._inductor.kernel.flex.flex_flash_attention.ensure_flash_available"
+    for capability, here, wanted in ((9, True, "flash"), (9, False, "flex"), (8, True, "flex")):
+        s = SimpleNamespace(**train.DEFAULTS)
+        gpu = {"is_available": True, "device_count": 1, "is_bf16_supported": True,
+               "get_device_name": "a GPU", "get_device_capability": (capability, 0)}
+        with mock.patch.multiple(torch.cuda, **{k: (lambda *_, v=v: v) for k, v in gpu.items()}):
+            with mock.patch(flash, lambda here=here: here):
+                said += [x for x in machine.choose_machine(s) if x.startswith("attention")]
+        assert (s.attention, s.compile) == (wanted, True), said
+    assert "pip install" in said[1] and "Hopper" in said[2], said
+
+    def terms(score, _):
+        if score.model.attention == "flash":
+            raise RuntimeError("no such kernel")
+        return next(score.parameters()).sum()
+
+    with bench.training(SimpleNamespace(**{**train.DEFAULTS, "device": "cpu"})) as run:
+        run.s.attention = run.model.attention = "flash"
+        out = io.StringIO()
+        with mock.patch.object(run, "terms", terms), contextlib.redirect_stdout(out):
+            run.compile()
+    assert run.model.attention == "flex" and "no such kernel" in out.getvalue(), out.getvalue()
+    return "3 choices; a flash backend that fails gives way to flex"
 
 
 def test_initialisation():

@@ -22,7 +22,14 @@ from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 
-from util.configurator import SettingsError, check_settings, guarded, override, public
+from util.configurator import (
+    SettingsError,
+    check_settings,
+    first_line,
+    guarded,
+    override,
+    public,
+)
 
 # isort: split
 import torch
@@ -110,7 +117,7 @@ wandb = False  # besides out_dir/log.csv, which is always written
 # the machine
 device = "auto"  # cuda if there is one, else cpu
 dtype = "auto"  # bfloat16 where the hardware multiplies it, else float32
-attention = "auto"  # flex on CUDA, chunk elsewhere
+attention = "auto"  # flash or flex on CUDA, chunk elsewhere
 shard = False  # slice weights and optimizer over the processes: for models beyond one GPU
 compile = "auto"  # torch.compile of the layers: true with flex and in long runs on a CPU
 # -------------------------------------------------------------------------------------------------
@@ -119,7 +126,7 @@ DEFAULTS = public(dict(globals()))
 CHOICES = {
     "noise": tuple(SCHEDULES), "weighting": WEIGHTINGS, "corruption": ("all", "target"),
     "joint_target": ("text", "gpt"), "copies": (1, 2), "init_from": ("scratch", "resume"),
-    "optimizer": ("muon", "adamw"), "attention": ("auto", "chunk", "flex"),
+    "optimizer": ("muon", "adamw"), "attention": ("auto", "chunk", "flex", "flash"),
 }
 AT_LEAST = {1: "batch_size log_every eval_every eval_windows final_windows",
             0: "micro_batch sample_tokens learning_rate muon_lr weight_decay grad_clip final_lr "
@@ -271,7 +278,7 @@ class Run:
     def compile(self):
         """Compile the layers, one code for all of a shape, by trial passes that change nothing, two
         since counts differ; their time is training time. What fails runs eager and says so."""
-        began, flex = time.perf_counter(), self.s.attention == "flex"
+        began, flex = time.perf_counter(), self.s.attention != "chunk"
         for block in self.model.blocks:  # the forward alone: fully_shard's hooks stay outside
             compiled = torch.compile(block.forward, dynamic=self.dynamic_shapes())
             # evaluation is too short to compile for; but flex has no use uncompiled
@@ -280,12 +287,18 @@ class Run:
             for step in (self.step, self.step + 1):
                 self.terms(self.score, self.make_batches(step)[0]).sum().backward()
         except Exception as e:  # of the compiler, or of the compiler that it calls
-            if flex:
+            if self.s.attention == "flash":
+                print(f"attention  flex, since flash failed: {first_line(e)}", flush=True)
+                self.s.attention = self.model.attention = "flex"
+            elif flex:
                 raise
+            else:
+                self.s.compile = False
+                print(f"compile    failed, the layers run eager: {type(e).__name__}", flush=True)
             for block in self.model.blocks:
                 del block.forward
-            self.s.compile = False
-            print(f"compile    failed, the layers run eager: {type(e).__name__}", flush=True)
+            if flex:
+                return self.compile()
         self.model.zero_grad(set_to_none=True)
         self.seconds += time.perf_counter() - began
 

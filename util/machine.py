@@ -83,14 +83,17 @@ def choose_machine(s, local_rank=0, world=1):
         raise SettingsError(f"--compile must be auto, true or false, not {s.compile!r}")
     # FlexAttention's kernels start at a head dimension of 16
     flex = on_cuda and s.compile != "false" and s.n_embd >= 16 * s.n_head
-    if s.attention == "flex" and not flex:
-        raise SettingsError(
-            "--attention=flex needs CUDA, --compile=true and heads of 16 or more; use chunk"
-        )
+    if s.attention in ("flex", "flash") and not flex:
+        raise SettingsError(f"--attention={s.attention} needs CUDA, --compile=true and heads of 16 "
+                            "or more; use chunk")
+    lacks = lacks_flash(s) if flex else ""
+    if s.attention == "flash" and lacks:
+        raise SettingsError(f"--attention=flash: {lacks}; use flex")
     if s.attention == "auto":
-        s.attention = "flex" if flex else "chunk"
+        s.attention = ("flex" if lacks else "flash") if flex else "chunk"
     note = {"chunk": "exact, in chunks of whole blocks; flex, faster, needs CUDA",
-            "flex": "FlexAttention with a cached block mask"}[s.attention]
+            "flex": f"FlexAttention with a cached block mask; not flash: {lacks or 'as set'}",
+            "flash": "FlexAttention's flash backend with a cached block mask"}[s.attention]
     lines = [f"device     {torch.cuda.get_device_name(s.device) if on_cuda else s.device}",
              f"dtype      {s.dtype}: {why}", f"attention  {s.attention}: {note}"]
     if s.compile == "auto" and not on_cuda:
@@ -100,8 +103,22 @@ def choose_machine(s, local_rank=0, world=1):
         lines.append(f"compile    {s.compile}: " + (
             f"on a CPU it pays from --max_minutes={COMPILE_MINUTES} on" if found
             else f"there is no C++ compiler {compiler} here"))
-    s.compile = s.attention == "flex" if s.compile == "auto" else s.compile == "true"
+    s.compile = s.attention != "chunk" if s.compile == "auto" else s.compile == "true"
     return lines
+
+
+def lacks_flash(s):
+    """Why FlexAttention's flash backend cannot run on this GPU, or ""."""
+    try:
+        from torch._inductor.kernel.flex.flex_flash_attention import ensure_flash_available
+    except ImportError:
+        return "this torch has no such backend"
+    # its kernels for Blackwell want other tiles than the block mask's 128
+    if torch.cuda.get_device_capability(s.device)[0] != 9:
+        return "it is for Hopper GPUs here"
+    if s.dtype != "bfloat16":
+        return "it is for bfloat16"
+    return "" if ensure_flash_available() else "pip install --pre flash-attn-4"
 
 
 def peak_flops(s):
