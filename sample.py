@@ -67,6 +67,7 @@ device = "auto"
 dtype = "auto"  # bfloat16 on a GPU that multiplies it, else float32
 # -------------------------------------------------------------------------------------------------
 DEFAULTS = public(dict(globals()))
+READ = 512  # tokens of finished text in one pass, at most
 
 
 # ---- unmasking rules: which masked positions to reveal now --------------------------------------
@@ -389,7 +390,8 @@ class Writer:
 
     def prepare(self, end, room, carry=0):
         """Bring the tokens before end (B,) of each living row into the cache, with space in the
-        context for `room` more. Unless what is missing is the same `carry` tokens of every row: the
+        context for `room` more, READ of them a pass: a long prompt needs no mask of its length
+        squared. Unless what is missing is the same `carry` tokens of every row: the
         next pass can take those along. Returns how many it has to."""
         full = ~self.done & (end - self.base + room > self.c.seq_len)
         if bool(full.any()):
@@ -400,9 +402,13 @@ class Writer:
         most = int(missing.max())
         if not most or most == carry and bool(((missing == carry) | self.done).all()):
             return most
-        visible = build_block_causal_mask(-(-most // self.unit) * self.unit, self.unit,
-                                          self.tokens.device)[:most, :most]
-        self.read(self.at(self.base + self.cache.length, most), visible, stay=missing)
+        size = max(1, READ // self.unit) * self.unit
+        visible = build_block_causal_mask(size, self.unit, self.tokens.device)
+        while most := int(missing.max()):
+            n = min(most, size)
+            self.read(self.at(self.base + self.cache.length, n), visible[:n, :n],
+                      stay=missing.clamp(max=n))
+            missing = (missing - n).clamp(min=0)
         return 0
 
     def settle(self, start, new, end):

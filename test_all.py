@@ -1319,6 +1319,9 @@ def test_cache_equals_uncached():
         alone = [sample.generate(net, [p], new, **how)[0] for p in prompts]
         together = sample.generate(net, prompts, new, **how)
         assert alone == together, f"{mode}: rows of a batch are not what they are alone"
+        with mock.patch.object(sample, "READ", 5), Passes() as passes:  # long prompts in parts
+            assert sample.generate(net, prompts, new, **how) == together, f"{mode}: read in parts"
+        worst, count = max(worst, passes.worst), count + len(passes)
     assert sum(slides) > 20, slides
     return within(worst, 1e-5, f"{count} passes, {sum(slides)} slides, max|diff|")
 
