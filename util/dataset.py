@@ -5,9 +5,10 @@ A dataset is a folder, data/<name>/, of token ids and one description:
 
     train.bin, val.bin    little-endian token ids, no header; a split above SHARD_TOKENS is cut into
                           train_0000.bin, ...; files that replace others are named by their hash
-    meta.json             {"name": "mine", "tokenizer": "char" | "byte" | "gpt2",
+    meta.json             {"name": "mine", "tokenizer": "char" | "byte" | "gpt2" | "hf",
                            "vocab_size": 65, "dtype": "uint8" | "uint16" | "uint32",
                            "chars": "\\n !...",         char only: the characters in id order
+                           "tokenizer_json": "{...", "tokenizer_sha256": "...",   hf only
                            "eot": 50256 or null,       the id that separates documents
                            "splits": {"train": {"tokens": n, "bytes": UTF-8 bytes of the text,
                                "shards": [{"file": "train.bin", "tokens": n,
@@ -39,13 +40,15 @@ from urllib.request import urlopen
 
 import numpy as np
 
-from util.configurator import SettingsError, guarded
+from util.configurator import SettingsError, first_line, guarded
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARD_TOKENS = 100_000_000
-LARGEST_META = 16 << 20  # bytes; every character of Unicode and 10,000 shards fit
+LARGEST_META = 64 << 20  # bytes; a tokenizer.json of 32 MB and 10,000 shards fit
 EOT_TEXT = "<|endoftext|>"
 PLAIN_NAME = re.compile(r"\w[\w.-]{0,99}")  # of a dataset or a file: no separator, no `..`
+# the fields of meta.json that say what an id means
+VOCABULARY = ("tokenizer", "vocab_size", "eot", "chars", "tokenizer_sha256")
 SHIPPED = ("shakespeare",)  # the text lies in the repository: needs neither network nor arguments
 # what `python data/<name>/prepare.py` leaves on disk
 SIZES = {"shakespeare": "5 MB", "shakespeare_char": "1 MB", "enwik8": "100 MB, downloads 36 MB",
@@ -92,6 +95,8 @@ class Tokenizer:
             raise DataError(f"the vocabulary is damaged ({e}): prepare the data again") from e
         if meta["tokenizer"] == "char":
             return CharTokenizer(meta["chars"])
+        if meta["tokenizer"] == "hf":
+            return HFTokenizer(meta["tokenizer_json"], meta["vocab_size"], meta.get("eot"))
         return UTF8_TOKENIZERS[meta["tokenizer"]](eot=meta.get("eot") is not None)
 
     def meta(self):
@@ -203,6 +208,56 @@ class GPT2Tokenizer(Tokenizer):
 UTF8_TOKENIZERS = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer}
 
 
+class HFTokenizer(Tokenizer):
+    """A Hugging Face tokenizer.json, given as text, by the package tokenizers. special: every
+    special token is encoded as such where its name stands in a text, not as text."""
+    kind = "hf"
+
+    def __init__(self, text, vocab_size, eot=None, special=False):
+        self.text, self.vocab_size, self.eot, self.special = text, vocab_size, eot, special
+        try:
+            import tokenizers
+        except ImportError as e:
+            raise DataError("these tokens need the package tokenizers: pip install tokenizers"
+                            ) from e
+        try:
+            self.bpe = tokenizers.Tokenizer.from_str(text)
+        except Exception as e:  # what its parser raises has no other type
+            raise DataError(f"the tokenizer.json is damaged ({first_line(e)}): use another") from e
+        self.bpe.no_truncation()
+        self.bpe.no_padding()
+        self.bpe.encode_special_tokens = not special
+
+    @classmethod
+    def from_folder(cls, folder, special=False):
+        """That of a model's folder. The vocabulary is the model's, which may be padded beyond the
+        tokenizer's, and the end-of-text its config.json's, else <|endoftext|>."""
+        text = obtain(Path(folder, "tokenizer.json"), None, "a folder with a tokenizer.json")
+        config = obtain(Path(folder, "config.json"), None, "a folder with the model's config.json")
+        try:
+            model, own = json.loads(config), cls(text.decode(), 0, special=special)
+            eot = model.get("eos_token_id", own.bpe.token_to_id(EOT_TEXT))
+            own.eot = eot[0] if isinstance(eot, list) else eot
+            own.vocab_size = max(*own.bpe.get_vocab().values(), model["vocab_size"] - 1) + 1
+            check_vocabulary(own.meta())
+        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as e:
+            raise DataError(f"{shown(folder)} is damaged ({first_line(e)}): use another") from e
+        return own
+
+    def meta(self):
+        return super().meta() | {"tokenizer_json": self.text, "tokenizer_sha256":
+                                 hashlib.sha256(self.text.encode()).hexdigest()}
+
+    def encode_array(self, text):
+        text.encode()  # half a character raises UnicodeEncodeError, as in the other kinds
+        return np.array(self.bpe.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def decode(self, ids):
+        """ids -> str; of a byte-level vocabulary, bytes that are not UTF-8 become U+FFFD. The ids
+        that pad a model's vocabulary are no text and leave none."""
+        return self.bpe.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
 # -- reading ---------------------------------------------------------------------------------------
 
 def field(record, key, kind, low=0, high=0):
@@ -216,6 +271,16 @@ def field(record, key, kind, low=0, high=0):
 def check_vocabulary(meta):
     """ValueError unless `meta` describes a tokenizer as Tokenizer.meta() does."""
     kind = field(meta, "tokenizer", str)
+    if kind == "hf":
+        text = field(meta, "tokenizer_json", str).encode()
+        if len(text) > LARGEST_META // 2:
+            raise ValueError(f"a tokenizer.json of {len(text) >> 20} MB")
+        if hashlib.sha256(text).hexdigest() != meta.get("tokenizer_sha256"):
+            raise ValueError("the tokenizer.json has another sha256")
+        size = field(meta, "vocab_size", int, 1, 1 << 24)
+        if meta.get("eot") is not None:
+            field(meta, "eot", int, 0, size - 1)
+        return
     chars = field(meta, "chars", str) if kind == "char" else ""
     chars.encode()  # half a character raises UnicodeEncodeError, a ValueError
     if kind not in ("char", *UTF8_TOKENIZERS) or len(set(chars)) < len(chars):
@@ -252,7 +317,7 @@ def identity(meta):
     ValueError when meta describes none: a checkpoint's may be anything."""
     check_meta(meta)
     found = {name: [s["sha256"] for s in info["shards"]] for name, info in meta["splits"].items()}
-    found["vocabulary"] = [meta.get(key) for key in ("tokenizer", "vocab_size", "eot", "chars")]
+    found["vocabulary"] = [meta.get(key) for key in VOCABULARY]
     return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest()
             for name, value in found.items()}
 

@@ -12,6 +12,7 @@ import torch
 
 from util.checkpoint import load_model
 from util.configurator import SettingsError
+from util.dataset import VOCABULARY
 
 
 def token_entropy(text):
@@ -55,7 +56,7 @@ def sliding(n, context):
 
 def check_vocabulary(mine, other, what):
     """SettingsError unless two meta.json mean the same by every token id."""
-    if any(mine.get(key) != other.get(key) for key in ("tokenizer", "vocab_size", "chars", "eot")):
+    if any(mine.get(key) != other.get(key) for key in VOCABULARY):
         says = [f"{m.get('tokenizer')}, {m.get('vocab_size')} tokens" for m in (other, mine)]
         raise SettingsError(
             f"{what} has another vocabulary ({says[0]}) than the checkpoint ({says[1]}): use one "

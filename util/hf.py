@@ -1,0 +1,172 @@
+"""A Hugging Face folder to and from our config and weights: Llama, Qwen3, Qwen2 without biases.
+
+    config.json          `read_config`: the fields of CascadeConfig that it decides
+    model.safetensors    or the shards that model.safetensors.index.json names: `read_weights`
+    tokenizer.json       the vocabulary, which util/dataset.py reads: `check_tokens`
+
+The GPT level is a Llama, with q/k norm a Qwen3, down to the half-split rotary layout, so both
+directions are renaming. What a folder asks for and this network lacks is refused by name.
+"""
+
+import hashlib
+import json
+import math
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from util.configurator import SettingsError, first_line
+from util.dataset import PLAIN_NAME, field
+
+FILES = ("config.json", "model.safetensors", "tokenizer.json")  # of an export
+QK_NORM = {"LlamaForCausalLM": False, "Qwen2ForCausalLM": False, "Qwen3ForCausalLM": True}
+SIZES = {"vocab_size": "vocab_size", "n_embd": "hidden_size", "n_hidden": "intermediate_size",
+         "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+         "n_kv_head": "num_key_value_heads", "head_dim": "head_dim"}
+SHAPE = (*SIZES, "rope_base", "norm_eps", "tie_embeddings", "qk_norm")  # what a folder decides
+PLAIN = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
+         "use_sliding_window": (False,), "sliding_window": (None,), "partial_rotary_factor": (1,),
+         "quantization_config": (None,), "rope_type": ("default",),
+         "layer_types": (["full_attention"],)}  # of what a config.json may ask for, what we have
+LAYER = {"attn_norm": "input_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
+         "attn.v": "self_attn.v_proj", "attn.o": "self_attn.o_proj",
+         "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
+         "mlp_norm": "post_attention_layernorm", "mlp.gate": "mlp.gate_proj",
+         "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}
+
+
+
+@contextmanager
+def refusing(folder):
+    """Whatever a stranger's folder makes its readers raise is a SettingsError in one line."""
+    try:
+        yield
+    except Exception as e:
+        why = f"{type(e).__name__}: {first_line(e)}"
+        why = first_line(e) if isinstance(e, (ValueError, OSError)) else why
+        raise SettingsError(f"hf:{folder} cannot be used ({why}): give the folder of a Llama or "
+                            "Qwen3 as save_pretrained writes it") from None
+
+
+def safetensors():
+    """The package, imported where it is needed: most runs are not from such a folder."""
+    try:
+        import safetensors.torch as found
+    except ImportError:
+        raise SettingsError("a Hugging Face folder needs the package safetensors: "
+                            "pip install safetensors") from None
+    return found
+
+
+def read_config(folder, seq_len):
+    """({field of CascadeConfig: value} for all of SHAPE, the architecture's name) of config.json.
+    SettingsError for what this network lacks, and where it never saw `seq_len` tokens."""
+    with refusing(folder):
+        found = json.loads(Path(folder, "config.json").read_bytes())
+        name = " ".join(field(found, "architectures", list))
+        if name not in QK_NORM:
+            raise ValueError(f"its architecture is {name}, not {', '.join(QK_NORM)}")
+        rope = {"rope_theta": 10000.0, **found} | (found.get("rope_scaling") or {}) | (
+            found.get("rope_parameters") or {})  # of transformers 4 and 5
+        asked = found | {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
+        asked["layer_types"] = sorted(set(found.get("layer_types") or ["full_attention"]))
+        if "use_sliding_window" in found:  # then it decides, whatever the width
+            asked["sliding_window"] = None
+        for key, allowed in PLAIN.items():
+            if asked.get(key, allowed[0]) not in allowed:
+                raise ValueError(f"its {key} is {asked[key]!r}, which this network lacks")
+        if seq_len > (longest := field(found, "max_position_embeddings", int, 1, 1 << 30)):
+            raise ValueError(f"it has read {longest} tokens at most, and --seq_len is {seq_len}")
+        sizes = {ours: found.get(theirs) for ours, theirs in SIZES.items()}
+        sizes["n_kv_head"] = sizes["n_kv_head"] or sizes["n_head"]
+        sizes["head_dim"] = sizes["head_dim"] or sizes["n_embd"] // sizes["n_head"]
+        sizes = {ours: field(sizes, ours, int, 1, 1 << 24) for ours in SIZES}
+        numbers = {"rope_base": float(rope["rope_theta"]), "norm_eps": float(found["rms_norm_eps"])}
+        for key, value in numbers.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"its {key} is {value}")
+        return {**sizes, **numbers, "qk_norm": QK_NORM[name],
+                "tie_embeddings": found.get("tie_word_embeddings") is True}, name
+
+
+def check_tokens(folder, vocab_size, meta):
+    """SettingsError unless a dataset's meta.json means by every id what the folder's model does."""
+    path, found = Path(folder, "tokenizer.json"), None
+    with refusing(folder):
+        if path.exists():
+            found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if (found, vocab_size) != (meta.get("tokenizer_sha256"), meta["vocab_size"]):
+        raise SettingsError(
+            f"hf:{folder} has another vocabulary ({vocab_size:,} tokens) than the dataset "
+            f"({meta['tokenizer']}, {meta['vocab_size']:,}): prepare your text with "
+            f"python data/text/prepare.py --tokenizer=hf:{folder} --input=FILE --name=NAME")
+
+
+def weight_names(c):
+    """{their name: (our name, shape)} of the GPT level of a model with the CascadeConfig c."""
+    C, q, kv = c.n_embd, c.n_head * c.head_dim, c.n_kv_head * c.head_dim
+    shapes = {"attn.q": (q, C), "attn.k": (kv, C), "attn.v": (kv, C), "attn.o": (C, q),
+              "mlp.gate": (c.n_hidden, C), "mlp.up": (c.n_hidden, C), "mlp.down": (C, c.n_hidden),
+              "attn_norm": (C,), "mlp_norm": (C,)}
+    if c.qk_norm:
+        shapes |= {"attn.q_norm": (c.head_dim,), "attn.k_norm": (c.head_dim,)}
+    names = {f"model.layers.{i}.{LAYER[part]}.weight": (f"blocks.{i}.{part}.weight", shape)
+             for i in range(c.n_layer) for part, shape in shapes.items()}
+    names["model.norm.weight"] = "norm.weight", (C,)
+    names["model.embed_tokens.weight"] = "embed.weight", (c.vocab_size, C)
+    return names | ({} if c.tie_embeddings else {
+        "lm_head.weight": ("head.weight", (c.vocab_size, C))})
+
+
+def read_weights(folder, c):
+    """{our name: float32 tensor} of the GPT level, all that is in c but the local head. [MASK],
+    which the folder has not, gets the mean of the embeddings."""
+    safe_open, wanted, found = safetensors().safe_open, weight_names(c), {}
+    with refusing(folder):
+        files, index = ["model.safetensors"], Path(folder, "model.safetensors.index.json")
+        if not Path(folder, files[0]).exists() and index.exists():
+            shards = field(json.loads(index.read_bytes()), "weight_map", dict)
+            files = sorted(set(shards.values()))
+        for file in files:
+            if not PLAIN_NAME.fullmatch(file) or not Path(folder, file).is_file():
+                raise ValueError(f"its {file} is missing")
+            with safe_open(Path(folder, file), "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - it is no dict
+                    if name.endswith("rotary_emb.inv_freq"):  # a table that older folders keep
+                        continue
+                    if name not in wanted:
+                        raise ValueError(f"this network has no place for its {name}")
+                    ours, shape = wanted[name]
+                    given = tuple(tensors.get_slice(name).get_shape())
+                    if given != shape:
+                        raise ValueError(f"its {name} is {given}, not {shape}")
+                    x = tensors.get_tensor(name)
+                    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                        raise ValueError(f"its {name} is {x.dtype}")
+                    found[ours] = x.float()
+                    if not found[ours].isfinite().all():
+                        raise ValueError(f"not all numbers of its {name} are finite")
+        for name, (ours, _) in wanted.items():
+            if ours not in found:
+                raise ValueError(f"its {name} is missing")
+    embed = found["embed.weight"]
+    return found | {"embed.weight": torch.cat([embed, embed.mean(dim=0, keepdim=True)])}
+
+
+def write_folder(folder, c, weights, meta):
+    """The GPT level of `weights`, a model's state dict, into an existing folder: what read_config
+    and read_weights read, bit for bit, and the tokenizer.json of `meta` if it has one."""
+    tensors = {name: weights[ours].contiguous() for name, (ours, _) in weight_names(c).items()}
+    tensors["model.embed_tokens.weight"] = weights["embed.weight"][:-1].clone()  # [MASK] stays
+    kind = "Qwen3" if c.qk_norm else "Llama"
+    config = {
+        "architectures": [f"{kind}ForCausalLM"], "model_type": kind.lower(), "hidden_act": "silu",
+        **{theirs: getattr(c, ours) for ours, theirs in SIZES.items()},
+        "max_position_embeddings": c.seq_len, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_base,
+        "tie_word_embeddings": c.tie_embeddings, "attention_bias": False, "torch_dtype": "float32",
+        "bos_token_id": None, "eos_token_id": meta.get("eot"), "pad_token_id": None}
+    Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if "tokenizer_json" in meta:
+        Path(folder, "tokenizer.json").write_bytes(meta["tokenizer_json"].encode())
+    safetensors().save_file(tensors, Path(folder, "model.safetensors"), {"format": "pt"})
