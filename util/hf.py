@@ -25,10 +25,11 @@ SIZES = {"vocab_size": "vocab_size", "n_embd": "hidden_size", "n_hidden": "inter
          "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
          "n_kv_head": "num_key_value_heads", "head_dim": "head_dim"}
 SHAPE = (*SIZES, "rope_base", "norm_eps", "tie_embeddings", "qk_norm")  # what a folder decides
-PLAIN = {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
-         "use_sliding_window": (False,), "sliding_window": (None,), "partial_rotary_factor": (1,),
-         "quantization_config": (None,), "rope_type": ("default",),
-         "layer_types": (["full_attention"],)}  # of what a config.json may ask for, what we have
+PLAIN = {  # of what a config.json may ask for, the values that this network has; the first: default
+    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
+    "use_sliding_window": (False,), "sliding_window": (None,), "rope_type": ("default",),
+    "type": ("default",), "partial_rotary_factor": (1,), "layer_types": (["full_attention"],),
+    "quantization_config": (None,)}
 LAYER = {"attn_norm": "input_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
          "attn.v": "self_attn.v_proj", "attn.o": "self_attn.o_proj",
          "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
@@ -67,22 +68,22 @@ def read_config(folder, seq_len):
         name = " ".join(field(found, "architectures", list))
         if name not in QK_NORM:
             raise ValueError(f"its architecture is {name}, not {', '.join(QK_NORM)}")
-        rope = {"rope_theta": 10000.0, **found} | (found.get("rope_scaling") or {}) | (
-            found.get("rope_parameters") or {})  # of transformers 4 and 5
-        asked = found | {"rope_type": rope.get("rope_type", rope.get("type", "default"))}
-        asked["layer_types"] = sorted(set(found.get("layer_types") or ["full_attention"]))
+        for rope in ("rope_scaling", "rope_parameters"):  # of transformers 4, and 5
+            found |= found.get(rope) or {}
+        found["layer_types"] = sorted(set(found.get("layer_types") or ["full_attention"]))
         if "use_sliding_window" in found:  # then it decides, whatever the width
-            asked["sliding_window"] = None
+            found["sliding_window"] = None
         for key, allowed in PLAIN.items():
-            if asked.get(key, allowed[0]) not in allowed:
-                raise ValueError(f"its {key} is {asked[key]!r}, which this network lacks")
+            if found.get(key, allowed[0]) not in allowed:
+                raise ValueError(f"its {key} is {found[key]!r}, which this network lacks")
         if seq_len > (longest := field(found, "max_position_embeddings", int, 1, 1 << 30)):
             raise ValueError(f"it has read {longest} tokens at most, and --seq_len is {seq_len}")
         sizes = {ours: found.get(theirs) for ours, theirs in SIZES.items()}
         sizes["n_kv_head"] = sizes["n_kv_head"] or sizes["n_head"]
         sizes["head_dim"] = sizes["head_dim"] or sizes["n_embd"] // sizes["n_head"]
         sizes = {ours: field(sizes, ours, int, 1, 1 << 24) for ours in SIZES}
-        numbers = {"rope_base": float(rope["rope_theta"]), "norm_eps": float(found["rms_norm_eps"])}
+        numbers = {"rope_base": float(found.get("rope_theta", 10000)),
+                   "norm_eps": float(found["rms_norm_eps"])}
         for key, value in numbers.items():
             if not 0 < value < math.inf:
                 raise ValueError(f"its {key} is {value}")
