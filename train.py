@@ -136,14 +136,13 @@ def inherit(s):
     if s.init_from.startswith("hf:"):
         shape, name = hf.read_config(s.init_from[3:], s.seq_len)
         vars(s).update(shape)
-        return [f"weights    {s.init_from}, a {name}: the layers, heads and widths are its own, "
-                "whatever the settings say"]
+        return [f"weights    {s.init_from}, a {name}: its layers, heads and widths replace the "
+                "settings'"]
     if s.init_from not in ("scratch", "resume"):
         raise SettingsError(f"--init_from must be scratch, resume or hf:DIR, not {s.init_from!r}")
-    last = Path(s.out_dir, "last.pt")
-    if s.init_from == "resume" and last.is_file():  # else check_out_dir will say so
+    if s.init_from == "resume" and (last := Path(s.out_dir, "last.pt")).is_file():
         saved = load_checkpoint(last)["settings"]
-        if "rope_base" in saved:  # no setting: only a folder gives it
+        if "rope_base" in saved:  # no setting has this name: it came from a folder
             vars(s).update({name: saved.get(name) for name in hf.SHAPE})
     return []
 

@@ -16,41 +16,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from any 
 
 from util import hf
 from util.checkpoint import load_model
-from util.configurator import SettingsError, guarded, override, public, writing
+from util.configurator import SettingsError, guarded, override, writing
 
-# ---- settings ------------------------------------------------------------------------------------
-out_dir = "out/nano"  # a run, or one of its checkpoints
-to = ""  # the folder to write
-overwrite = False  # replace it, if it is an export
-# --------------------------------------------------------------------------------------------------
-DEFAULTS = public(dict(globals()))
+SETTINGS = {"out_dir": "out/nano", "to": "", "overwrite": False}  # replace `to`, if it is an export
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 @guarded
 def main(argv):
-    s = SimpleNamespace(**override(DEFAULTS, argv))
-    if not s.to:
-        raise SettingsError("give --to=DIR, a new folder for the export")
+    s = SimpleNamespace(**override(SETTINGS, argv))
     to = Path(s.to)
     held = sorted(os.listdir(to)) if to.is_dir() else [to.name] * os.path.lexists(to)
-    other = [name for name in held if name not in hf.FILES]
-    if other or (held and not s.overwrite):
+    other = [name for name in held if name not in FILES]
+    if not s.to or other or (held and not s.overwrite):
         remedy = "" if other else ", or replace this export by --overwrite=true"
-        raise SettingsError(f"{to} holds {[*other, *held][0]}: give a new folder{remedy}")
+        raise SettingsError(f"--to={s.to} holds {[*other, *held][:1]}: give a new folder{remedy}")
     model, state = load_model(s.out_dir)
     if model.config.context == "block":
         raise SettingsError(f"{s.out_dir} has no GPT level to export: train with --context=causal")
     with writing(to):
         to.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{to.name}.", dir=to.parent) as folder:
-            new, old = Path(folder, "new"), Path(folder, "old")
+            new = Path(folder, "new")
             new.mkdir()
             hf.write_folder(new, model.config, model.state_dict(), state["meta"])
             if to.exists():
-                os.replace(to, old)
+                os.replace(to, Path(folder, "old"))
             os.replace(new, to)
-    print(f"{to}: {sum(f.stat().st_size for f in to.iterdir()) / 1e6:,.1f} MB; "
-          f"try: transformers.AutoModelForCausalLM.from_pretrained({str(to)!r})")
+    print(f"{to}: transformers.AutoModelForCausalLM.from_pretrained({str(to)!r}) reads it")
 
 
 if __name__ == "__main__":

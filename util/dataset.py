@@ -40,7 +40,7 @@ from urllib.request import urlopen
 
 import numpy as np
 
-from util.configurator import SettingsError, first_line, guarded
+from util.configurator import SettingsError, first_line, guarded, optional
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARD_TOKENS = 100_000_000
@@ -174,10 +174,7 @@ class GPT2Tokenizer(Tokenizer):
 
     def __init__(self, eot=True, special=False):
         super().__init__(eot, special)
-        try:
-            import tiktoken
-        except ImportError as e:
-            raise DataError("GPT-2's tokens need the package tiktoken: pip install tiktoken") from e
+        tiktoken = optional("tiktoken", "--tokenizer=gpt2")
         if (installed := data_root() / ".tiktoken").exists():
             os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(installed))
         try:
@@ -209,19 +206,15 @@ UTF8_TOKENIZERS = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer}
 
 
 class HFTokenizer(Tokenizer):
-    """A Hugging Face tokenizer.json, given as text, by the package tokenizers. special: every
-    special token is encoded as such where its name stands in a text, not as text."""
+    """A Hugging Face tokenizer.json, given as text, by the package tokenizers. special: the names
+    of special tokens in a text are encoded as those, not as text."""
     kind = "hf"
 
     def __init__(self, text, vocab_size, eot=None, special=False):
         self.text, self.vocab_size, self.eot, self.special = text, vocab_size, eot, special
+        package = optional("tokenizers", "a Hugging Face tokenizer.json")
         try:
-            import tokenizers
-        except ImportError as e:
-            raise DataError("these tokens need the package tokenizers: pip install tokenizers"
-                            ) from e
-        try:
-            self.bpe = tokenizers.Tokenizer.from_str(text)
+            self.bpe = package.Tokenizer.from_str(text)
         except Exception as e:  # what its parser raises has no other type
             raise DataError(f"the tokenizer.json is damaged ({first_line(e)}): use another") from e
         self.bpe.no_truncation()
@@ -232,29 +225,28 @@ class HFTokenizer(Tokenizer):
     def from_folder(cls, folder, special=False):
         """That of a model's folder. The vocabulary is the model's, which may be padded beyond the
         tokenizer's, and the end-of-text its config.json's, else <|endoftext|>."""
-        text = obtain(Path(folder, "tokenizer.json"), None, "a folder with a tokenizer.json")
-        config = obtain(Path(folder, "config.json"), None, "a folder with the model's config.json")
+        text, config = (obtain(Path(folder, name), None, f"a folder with a model's {name}")
+                        for name in ("tokenizer.json", "config.json"))
         try:
-            model, own = json.loads(config), cls(text.decode(), 0, special=special)
-            eot = model.get("eos_token_id", own.bpe.token_to_id(EOT_TEXT))
+            found, own = json.loads(config), cls(text.decode(), 0, special=special)
+            eot = found.get("eos_token_id", own.bpe.token_to_id(EOT_TEXT))
             own.eot = eot[0] if isinstance(eot, list) else eot
-            own.vocab_size = max(*own.bpe.get_vocab().values(), model["vocab_size"] - 1) + 1
+            own.vocab_size = max(*own.bpe.get_vocab().values(), found["vocab_size"] - 1) + 1
             check_vocabulary(own.meta())
-        except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as e:
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as e:
             raise DataError(f"{shown(folder)} is damaged ({first_line(e)}): use another") from e
         return own
 
     def meta(self):
-        return super().meta() | {"tokenizer_json": self.text, "tokenizer_sha256":
-                                 hashlib.sha256(self.text.encode()).hexdigest()}
+        sha256 = hashlib.sha256(self.text.encode()).hexdigest()
+        return super().meta() | {"tokenizer_json": self.text, "tokenizer_sha256": sha256}
 
     def encode_array(self, text):
         text.encode()  # half a character raises UnicodeEncodeError, as in the other kinds
         return np.array(self.bpe.encode(text, add_special_tokens=False).ids, np.int64)
 
     def decode(self, ids):
-        """ids -> str; of a byte-level vocabulary, bytes that are not UTF-8 become U+FFFD. The ids
-        that pad a model's vocabulary are no text and leave none."""
+        """ids -> str; the ids that pad a model's vocabulary stand for no text."""
         return self.bpe.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
@@ -271,24 +263,22 @@ def field(record, key, kind, low=0, high=0):
 def check_vocabulary(meta):
     """ValueError unless `meta` describes a tokenizer as Tokenizer.meta() does."""
     kind = field(meta, "tokenizer", str)
-    if kind == "hf":
-        text = field(meta, "tokenizer_json", str).encode()
-        if len(text) > LARGEST_META // 2:
-            raise ValueError(f"a tokenizer.json of {len(text) >> 20} MB")
-        if hashlib.sha256(text).hexdigest() != meta.get("tokenizer_sha256"):
-            raise ValueError("the tokenizer.json has another sha256")
-        size = field(meta, "vocab_size", int, 1, 1 << 24)
-        if meta.get("eot") is not None:
-            field(meta, "eot", int, 0, size - 1)
-        return
     chars = field(meta, "chars", str) if kind == "char" else ""
     chars.encode()  # half a character raises UnicodeEncodeError, a ValueError
-    if kind not in ("char", *UTF8_TOKENIZERS) or len(set(chars)) < len(chars):
-        raise ValueError("tokenizer is not byte, gpt2, or char with distinct chars")
-    size = len(chars) if kind == "char" else UTF8_TOKENIZERS[kind].vocab_size
-    field(meta, "vocab_size", int, size or 1, size)
+    if kind not in ("char", "hf", *UTF8_TOKENIZERS) or len(set(chars)) < len(chars):
+        raise ValueError("tokenizer is not byte, gpt2, hf, or char with distinct chars")
+    if kind == "hf":
+        text, low, size = field(meta, "tokenizer_json", str).encode(), 0, 1 << 24
+        if hashlib.sha256(text).hexdigest() != meta.get("tokenizer_sha256"):
+            raise ValueError("the tokenizer.json has another sha256")
+        if len(text) > LARGEST_META // 2:
+            raise ValueError(f"the tokenizer.json has {len(text) >> 20} MB")
+    else:
+        size = len(chars) if kind == "char" else UTF8_TOKENIZERS[kind].vocab_size
+        low = max(size - 1, 0)  # the last id, which alone is an end-of-text
+    size = field(meta, "vocab_size", int, low + 1, size)
     if meta.get("eot") is not None:
-        field(meta, "eot", int, size - 1, size - 1)
+        field(meta, "eot", int, low, size - 1)
 
 
 def check_meta(meta):

@@ -10,32 +10,30 @@ directions are renaming. What a folder asks for and this network lacks is refuse
 
 import hashlib
 import json
-import math
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
 
 import torch
 
-from util.configurator import SettingsError, first_line
+from model import CascadeConfig, CascadeLM
+from util.configurator import SettingsError, first_line, optional
 from util.dataset import PLAIN_NAME, field
 
-FILES = ("config.json", "model.safetensors", "tokenizer.json")  # of an export
 QK_NORM = {"LlamaForCausalLM": False, "Qwen2ForCausalLM": False, "Qwen3ForCausalLM": True}
 SIZES = {"vocab_size": "vocab_size", "n_embd": "hidden_size", "n_hidden": "intermediate_size",
          "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
          "n_kv_head": "num_key_value_heads", "head_dim": "head_dim"}
 SHAPE = (*SIZES, "rope_base", "norm_eps", "tie_embeddings", "qk_norm")  # what a folder decides
-PLAIN = {  # of what a config.json may ask for, the values that this network has; the first: default
+PLAIN = {  # of what a config.json may ask for, the values that this network has, the default first
     "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
     "use_sliding_window": (False,), "sliding_window": (None,), "rope_type": ("default",),
     "type": ("default",), "partial_rotary_factor": (1,), "layer_types": (["full_attention"],),
     "quantization_config": (None,)}
-LAYER = {"attn_norm": "input_layernorm", "attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj",
-         "attn.v": "self_attn.v_proj", "attn.o": "self_attn.o_proj",
-         "attn.q_norm": "self_attn.q_norm", "attn.k_norm": "self_attn.k_norm",
-         "mlp_norm": "post_attention_layernorm", "mlp.gate": "mlp.gate_proj",
-         "mlp.up": "mlp.up_proj", "mlp.down": "mlp.down_proj"}
-
+NAMES = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm",
+         "head": "lm_head", "attn": "self_attn", "attn_norm": "input_layernorm",
+         "mlp_norm": "post_attention_layernorm",
+         **{name: f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}}
 
 
 @contextmanager
@@ -44,20 +42,9 @@ def refusing(folder):
     try:
         yield
     except Exception as e:
-        why = f"{type(e).__name__}: {first_line(e)}"
-        why = first_line(e) if isinstance(e, (ValueError, OSError)) else why
-        raise SettingsError(f"hf:{folder} cannot be used ({why}): give the folder of a Llama or "
-                            "Qwen3 as save_pretrained writes it") from None
-
-
-def safetensors():
-    """The package, imported where it is needed: most runs are not from such a folder."""
-    try:
-        import safetensors.torch as found
-    except ImportError:
-        raise SettingsError("a Hugging Face folder needs the package safetensors: "
-                            "pip install safetensors") from None
-    return found
+        kind = "" if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: "
+        raise SettingsError(f"hf:{folder} cannot be used ({kind}{first_line(e)}): give the folder "
+                            "of a Llama or Qwen3 as save_pretrained writes it") from None
 
 
 def read_config(folder, seq_len):
@@ -78,17 +65,15 @@ def read_config(folder, seq_len):
                 raise ValueError(f"its {key} is {found[key]!r}, which this network lacks")
         if seq_len > (longest := field(found, "max_position_embeddings", int, 1, 1 << 30)):
             raise ValueError(f"it has read {longest} tokens at most, and --seq_len is {seq_len}")
-        sizes = {ours: found.get(theirs) for ours, theirs in SIZES.items()}
-        sizes["n_kv_head"] = sizes["n_kv_head"] or sizes["n_head"]
-        sizes["head_dim"] = sizes["head_dim"] or sizes["n_embd"] // sizes["n_head"]
-        sizes = {ours: field(sizes, ours, int, 1, 1 << 24) for ours in SIZES}
-        numbers = {"rope_base": float(found.get("rope_theta", 10000)),
-                   "norm_eps": float(found["rms_norm_eps"])}
-        for key, value in numbers.items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"its {key} is {value}")
-        return {**sizes, **numbers, "qk_norm": QK_NORM[name],
-                "tie_embeddings": found.get("tie_word_embeddings") is True}, name
+        shape = {ours: found.get(theirs) or 0 for ours, theirs in SIZES.items()}
+        for ours in shape:  # 0: its default, which is ours too
+            field(shape, ours, int, 0, 1000 if ours == "n_layer" else 1 << 24)
+        shape |= {"rope_base": float(found.get("rope_theta", 10000)), "qk_norm": QK_NORM[name],
+                  "norm_eps": float(found["rms_norm_eps"]),
+                  "tie_embeddings": found.get("tie_word_embeddings") is True}
+        if not (0 < shape["rope_base"] < inf and 0 < shape["norm_eps"] < inf):
+            raise ValueError("its rope_theta or rms_norm_eps is no positive number")
+        return shape, name
 
 
 def check_tokens(folder, vocab_size, meta):
@@ -106,29 +91,24 @@ def check_tokens(folder, vocab_size, meta):
 
 def weight_names(c):
     """{their name: (our name, shape)} of the GPT level of a model with the CascadeConfig c."""
-    C, q, kv = c.n_embd, c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    shapes = {"attn.q": (q, C), "attn.k": (kv, C), "attn.v": (kv, C), "attn.o": (C, q),
-              "mlp.gate": (c.n_hidden, C), "mlp.up": (c.n_hidden, C), "mlp.down": (C, c.n_hidden),
-              "attn_norm": (C,), "mlp_norm": (C,)}
-    if c.qk_norm:
-        shapes |= {"attn.q_norm": (c.head_dim,), "attn.k_norm": (c.head_dim,)}
-    names = {f"model.layers.{i}.{LAYER[part]}.weight": (f"blocks.{i}.{part}.weight", shape)
-             for i in range(c.n_layer) for part, shape in shapes.items()}
-    names["model.norm.weight"] = "norm.weight", (C,)
-    names["model.embed_tokens.weight"] = "embed.weight", (c.vocab_size, C)
-    return names | ({} if c.tie_embeddings else {
-        "lm_head.weight": ("head.weight", (c.vocab_size, C))})
+    shape = {name: getattr(c, name) for name in SHAPE}
+    with torch.device("meta"):
+        own = CascadeLM(CascadeConfig(objective="ar", seq_len=1, **shape)).state_dict()
+    own["embed.weight"] = own["embed.weight"][:-1]  # [MASK] is ours alone
+    return {".".join(NAMES.get(part, part) for part in name.split(".")): (name, tuple(x.shape))
+            for name, x in own.items()}
 
 
 def read_weights(folder, c):
     """{our name: float32 tensor} of the GPT level, all that is in c but the local head. [MASK],
     which the folder has not, gets the mean of the embeddings."""
-    safe_open, wanted, found = safetensors().safe_open, weight_names(c), {}
+    safe_open = optional("safetensors", "--init_from=hf:DIR").safe_open
     with refusing(folder):
         files, index = ["model.safetensors"], Path(folder, "model.safetensors.index.json")
         if not Path(folder, files[0]).exists() and index.exists():
             shards = field(json.loads(index.read_bytes()), "weight_map", dict)
             files = sorted(set(shards.values()))
+        wanted, found = weight_names(c), {}
         for file in files:
             if not PLAIN_NAME.fullmatch(file) or not Path(folder, file).is_file():
                 raise ValueError(f"its {file} is missing")
@@ -139,15 +119,14 @@ def read_weights(folder, c):
                     if name not in wanted:
                         raise ValueError(f"this network has no place for its {name}")
                     ours, shape = wanted[name]
-                    given = tuple(tensors.get_slice(name).get_shape())
-                    if given != shape:
+                    if (given := tuple(tensors.get_slice(name).get_shape())) != shape:
                         raise ValueError(f"its {name} is {given}, not {shape}")
                     x = tensors.get_tensor(name)
                     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                         raise ValueError(f"its {name} is {x.dtype}")
-                    found[ours] = x.float()
-                    if not found[ours].isfinite().all():
+                    if not x.isfinite().all():
                         raise ValueError(f"not all numbers of its {name} are finite")
+                    found[ours] = x.float()
         for name, (ours, _) in wanted.items():
             if ours not in found:
                 raise ValueError(f"its {name} is missing")
@@ -158,8 +137,9 @@ def read_weights(folder, c):
 def write_folder(folder, c, weights, meta):
     """The GPT level of `weights`, a model's state dict, into an existing folder: what read_config
     and read_weights read, bit for bit, and the tokenizer.json of `meta` if it has one."""
-    tensors = {name: weights[ours].contiguous() for name, (ours, _) in weight_names(c).items()}
-    tensors["model.embed_tokens.weight"] = weights["embed.weight"][:-1].clone()  # [MASK] stays
+    save_file = optional("safetensors.torch", "an export").save_file
+    tensors = {name: weights[ours][:shape[0]].clone()  # of the embeddings all but [MASK]
+               for name, (ours, shape) in weight_names(c).items()}
     kind = "Qwen3" if c.qk_norm else "Llama"
     config = {
         "architectures": [f"{kind}ForCausalLM"], "model_type": kind.lower(), "hidden_act": "silu",
@@ -170,4 +150,4 @@ def write_folder(folder, c, weights, meta):
     Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if "tokenizer_json" in meta:
         Path(folder, "tokenizer.json").write_bytes(meta["tokenizer_json"].encode())
-    safetensors().save_file(tensors, Path(folder, "model.safetensors"), {"format": "pt"})
+    save_file(tensors, Path(folder, "model.safetensors"), {"format": "pt"})
