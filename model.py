@@ -6,7 +6,7 @@ Glossary, one meaning per word:
     N, seq_len      tokens in a sequence (nanoGPT's block_size; here that word never means this)
     S, block_size   tokens in a diffusion block, as in the block-diffusion literature
     nb              blocks in a sequence, N // S
-    C, H, Hkv, D    width, query heads, key/value heads, head dimension C // H
+    C, H, Hkv, D    width, query heads, key/value heads, head dimension, C // H unless set
     V               vocabulary of real tokens
     mask_id         V: an input embedding only; the head has V rows, so [MASK] is never sampled
     x0, xt          clean tokens, noisy tokens, int64 (B, N)
@@ -71,6 +71,7 @@ class CascadeConfig:
     n_head: int = 6
     n_kv_head: int = 0  # 0: as many as n_head
     n_embd: int = 384
+    head_dim: int = 0  # D; 0: n_embd // n_head
     n_hidden: int = 0  # width of the MLP; 0: 8/3 n_embd, up to a multiple of 32
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
@@ -91,11 +92,12 @@ class CascadeConfig:
         sizes = ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "n_hidden",
                  "local_hidden")
         C, H, kv = self.n_embd, self.n_head, self.n_kv_head
+        D = self.head_dim or C // max(1, H)
         for wrong, what in (
             *((getattr(self, name) < 1, f"{name} must be at least 1") for name in sizes),
-            (C % max(1, H), f"n_embd {C} is not divisible by n_head {H}"),
+            (not self.head_dim and C % max(1, H), f"n_embd {C} is not divisible by n_head {H}"),
             (H % max(1, kv), f"n_head {H} is not divisible by n_kv_head {kv}"),
-            (C // max(1, H) % 2, "rotary embedding needs an even head dimension n_embd / n_head"),
+            (D < 1 or D % 2, "rotary embedding needs an even head dimension n_embd / n_head"),
             (self.objective not in ("diffusion", "ar"), "objective must be diffusion or ar"),
             (self.context not in ("causal", "block"), "context must be causal or block"),
             (not 0 <= self.local_window <= self.seq_len,
@@ -103,10 +105,7 @@ class CascadeConfig:
         ):
             if wrong:
                 raise ValueError(what)
-
-    @property
-    def head_dim(self):
-        return self.n_embd // self.n_head
+        self.head_dim = D
 
     @property
     def mask_id(self):

@@ -193,7 +193,7 @@ def reference_trunk(state_dict, config, tokens, visible):
     """
     weight = {name: exact(t) for name, t in state_dict.items()}
     H, Hkv, eps = config.n_head, config.n_kv_head, config.norm_eps
-    D = config.n_embd // H
+    D = config.head_dim
 
     x = weight["embed.weight"][tokens.cpu()]  # (B, N, C)
     for layer in range(config.n_layer):

@@ -680,7 +680,7 @@ def test_train_flops():
     worst = 0.0
     for copies, shape in (
         (1, {"context": "block", "local_window": 0}), (2, {"context": "block"}), (1, {}),
-        (2, {"n_kv_head": 2, "local_window": 3}), (1, {"objective": "ar"}),
+        (2, {"n_kv_head": 2, "local_window": 3, "head_dim": 12}), (1, {"objective": "ar"}),
     ):
         net = tiny_model(seq_len=64, **{"block_size": 8, "n_layer": 3, **shape})
         c, x0, masked = net.config, tokens_for(net, batch=4), 0

@@ -5,6 +5,7 @@
     python train.py --objective=ar --block_size=1 --out_dir=out/ar      the same network as a GPT
     torchrun --nproc_per_node=8 train.py                 the same batches and noise, shared out
     python train.py config/nano.py --init_from=resume    go on from out_dir/last.pt
+    python train.py --init_from=hf:DIR --dataset=mine    from the weights of a Llama or Qwen3
 
 Batches and noise are pure functions of (seed, step), drawn for the whole global batch and then
 sliced. So a resumed run, more processes or smaller micro-batches compute the same thing. (With
@@ -40,6 +41,7 @@ from eval import Score, ar_input, evaluate, step_generator
 from model import CascadeConfig, CascadeLM
 from sample import DEFAULTS as SAMPLE
 from sample import generate_stream
+from util import hf
 from util.checkpoint import all_finite, check_out_dir, check_same, load_checkpoint, save_checkpoint
 from util.dataset import Prefetch, load_or_prepare
 from util.display import printable
@@ -61,7 +63,7 @@ _gpu = torch.cuda.is_available()  # the defaults are the nano for this machine
 # where
 out_dir = "out/nano"
 dataset = "shakespeare"  # a folder of data/, prepared by its prepare.py
-init_from = "scratch"  # or "resume": go on from out_dir/last.pt
+init_from = "scratch"  # or "resume": go on from out_dir/last.pt; or "hf:DIR", a folder of weights
 overwrite = False  # allow a fresh run to replace the one in out_dir, with its first checkpoint
 any_data = False  # allow a run to be resumed on other data than it began with
 seed = 1337
@@ -125,7 +127,7 @@ DEFAULTS = public(dict(globals()))
 
 CHOICES = {
     "noise": tuple(SCHEDULES), "weighting": WEIGHTINGS, "corruption": ("all", "target"),
-    "joint_target": ("text", "gpt"), "copies": (1, 2), "init_from": ("scratch", "resume"),
+    "joint_target": ("text", "gpt"), "copies": (1, 2),
     "optimizer": ("muon", "adamw"), "attention": ("auto", "chunk", "flex", "flash"),
 }
 AT_LEAST = {1: "batch_size log_every eval_every eval_windows final_windows",
@@ -133,6 +135,23 @@ AT_LEAST = {1: "batch_size log_every eval_every eval_windows final_windows",
                "warmup_steps max_steps max_minutes gpt_weight joint_weight full_share"}
 RANGES = {name: (low, math.inf) for low, names in AT_LEAST.items() for name in names.split()}
 RANGES |= {"beta1": (0, 1 - 1e-9), "beta2": (0, 1 - 1e-9), "seed": (0, 2**63 - 1)}
+
+
+def inherit(s):
+    """Replace the shape in `s` by that of the weights it starts from: of --init_from=hf:DIR, here
+    and where such a run is resumed. Returns lines that say so."""
+    if s.init_from.startswith("hf:"):
+        shape, name = hf.read_config(s.init_from[3:], s.seq_len)
+        vars(s).update(shape)
+        return [f"weights    {s.init_from}, a {name}: its layers, heads and widths replace the "
+                "settings'"]
+    if s.init_from not in ("scratch", "resume"):
+        raise SettingsError(f"--init_from must be scratch, resume or hf:DIR, not {s.init_from!r}")
+    if s.init_from == "resume" and (last := Path(s.out_dir, "last.pt")).is_file():
+        saved = load_checkpoint(last)["settings"]
+        if "rope_base" in saved:  # no setting has this name: it came from a folder
+            vars(s).update({name: saved.get(name) for name in hf.SHAPE})
+    return []
 
 
 def resolve(s, processes):
@@ -221,16 +240,21 @@ class Run:
     def __init__(self, s, processes):
         self.s, self.processes = s, processes
         asked = dict(vars(s))  # before "auto" is resolved
-        lines = resolve(s, processes)
+        lines = inherit(s) + resolve(s, processes)
         processes.open(s.device)
         self.data = load_or_prepare(s.dataset, s.seq_len, processes)
         shape = {f.name: getattr(s, f.name) for f in fields(CascadeConfig) if hasattr(s, f.name)}
-        self.config = CascadeConfig(vocab_size=self.data.vocab_size, **shape)
+        self.config = CascadeConfig(**{"vocab_size": self.data.vocab_size, **shape})
+        given = {}
+        if s.init_from.startswith("hf:"):
+            hf.check_tokens(s.init_from[3:], s.vocab_size, self.data.meta)
+            given = hf.read_weights(s.init_from[3:], self.config)
         processes.lock = processes.main_first(lambda: check_out_dir(s))
         torch.manual_seed(s.seed)
         torch.set_float32_matmul_precision("high")
         keep_memory()
         self.model = CascadeLM(self.config, s.attention)
+        self.model.load_state_dict(self.model.state_dict() | given)
         self.score = Score(self.model, s.joint_target)
         if s.shard:
             shard_model(self.score, s.device, processes.world)

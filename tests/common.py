@@ -97,12 +97,12 @@ def command(*argv, env=None, timeout=170, cwd=HERE):
 # ---- models, noise and the oracle ----------------------------------------------------------------
 
 # the shapes that parity is tested on: odd block size, S = 1, S = N, grouped heads, tied head, a
-# local window shorter than a block, as long, longer, and none
+# local window shorter than a block, as long, longer, and none, heads wider than n_embd / n_head
 SHAPES = (
     {"block_size": 3, "n_kv_head": 1, "local_window": 2},
     {"block_size": 1, "tie_embeddings": True, "qk_norm": False, "local_window": 3},
     {"block_size": 15, "n_kv_head": 2, "qk_norm": False, "local_window": 0},
-    {"block_size": 5, "n_kv_head": 2, "tie_embeddings": True, "local_window": 7},
+    {"block_size": 5, "n_kv_head": 2, "tie_embeddings": True, "local_window": 7, "head_dim": 12},
 )
 CONTEXTS = ("causal", "block")
 

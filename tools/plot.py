@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from any folder
 
-from util.configurator import SettingsError, guarded, override, public
+from util.configurator import SettingsError, guarded, optional, override, public
 
 # ---- settings ------------------------------------------------------------------------------------
 frontier = "results/frontier.csv"  # empty: do not draw it
@@ -34,11 +34,9 @@ DASHES = {"bound": (":", "bound (\u2264)"), "gpt": ("-", "GPT level"),
 
 def pyplot():
     """matplotlib's pyplot, drawing to files: the same bytes from the same figures."""
-    try:
-        from matplotlib import pyplot, use
-    except ImportError:
-        raise SettingsError("plot.py needs matplotlib: pip install matplotlib") from None
-    use("Agg")
+    optional("matplotlib", "plot.py").use("Agg")
+    from matplotlib import pyplot
+
     pyplot.rcParams.update({
         "svg.hashsalt": "cascade", "font.size": 11, "axes.grid": True, "grid.color": "#e5e5e5",
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,

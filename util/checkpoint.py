@@ -14,7 +14,7 @@ import os
 import sys
 import warnings
 import zipfile
-from dataclasses import fields
+from dataclasses import asdict, fields
 from hashlib import sha256
 from pathlib import Path
 
@@ -126,7 +126,7 @@ def check_state(state, size):
              f"its config's {f.name} makes no sense")
     must(all(map(is_plain, model.values())), "its weights are no float32 tensors")
     local = c.local_hidden * (4 + c.local_window) // 4 if c.local_window else 0
-    rows = max(c.n_layer * max(c.n_embd, c.n_hidden), c.vocab_size, local)
+    rows = max(c.n_layer * max(c.n_head * c.head_dim, c.n_hidden), c.vocab_size, local)
     must(rows * c.n_embd <= sum(x.numel() for x in model.values()) and c.seq_len <= 2**20,
          "its config is larger than its tensors")
     must(state["meta"].get("vocab_size") == c.vocab_size, "its vocabulary is not its config's")
@@ -198,7 +198,7 @@ def check_out_dir(s):
     that stands there is touched: a run replaces it with its first checkpoint."""
     path = Path(s.out_dir)
     held = [name for name in WRITTEN if os.path.lexists(path / name)]
-    if s.init_from == "scratch" and held and not s.overwrite:
+    if s.init_from != "resume" and held and not s.overwrite:
         resume = "--init_from=resume continues it, " if held[0] == "last.pt" else ""
         raise SettingsError(f"{path} holds a run already ({held[0]}): {resume}--overwrite=true "
                             "replaces it, --out_dir=DIR keeps both")
@@ -226,7 +226,7 @@ def check_same(s, config, meta, state):
     if changed:
         raise SettingsError(f"cannot resume with other settings ({'; '.join(changed)})")
     other = [part for part in now if before.get(part) != now[part]]
-    if config != state["config"] or (other and not s.any_data):
+    if config != asdict(CascadeConfig(**state["config"])) or (other and not s.any_data):
         raise SettingsError(f"cannot resume on other data (changed: {', '.join(other)} of "
                             f"{s.dataset}): give back what it was, or insist with --any_data=true "
                             "if only the text is another")

@@ -9,6 +9,7 @@ where an int may be written 1e3, a float 1, and a bool true/false/1/0.
 
 import difflib
 import functools
+import importlib
 import math
 import os
 import re
@@ -25,6 +26,15 @@ class SettingsError(Exception):
 def first_line(error):
     """What an exception says first, at most 200 characters of it; its type where it is silent."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def optional(package, what):
+    """The module of a package that `what` alone needs; without it SettingsError names the cure."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        name = package.partition(".")[0]
+        raise SettingsError(f"{what} needs {name}: pip install {name}") from None
 
 
 @contextmanager

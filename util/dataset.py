@@ -5,9 +5,10 @@ A dataset is a folder, data/<name>/, of token ids and one description:
 
     train.bin, val.bin    little-endian token ids, no header; a split above SHARD_TOKENS is cut into
                           train_0000.bin, ...; files that replace others are named by their hash
-    meta.json             {"name": "mine", "tokenizer": "char" | "byte" | "gpt2",
+    meta.json             {"name": "mine", "tokenizer": "char" | "byte" | "gpt2" | "hf",
                            "vocab_size": 65, "dtype": "uint8" | "uint16" | "uint32",
                            "chars": "\\n !...",         char only: the characters in id order
+                           "tokenizer_json": "{...", "tokenizer_sha256": "...",   hf only
                            "eot": 50256 or null,       the id that separates documents
                            "splits": {"train": {"tokens": n, "bytes": UTF-8 bytes of the text,
                                "shards": [{"file": "train.bin", "tokens": n,
@@ -39,13 +40,15 @@ from urllib.request import urlopen
 
 import numpy as np
 
-from util.configurator import SettingsError, guarded
+from util.configurator import SettingsError, first_line, guarded, optional
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARD_TOKENS = 100_000_000
-LARGEST_META = 16 << 20  # bytes; every character of Unicode and 10,000 shards fit
+LARGEST_META = 64 << 20  # bytes; a tokenizer.json of 32 MB and 10,000 shards fit
 EOT_TEXT = "<|endoftext|>"
 PLAIN_NAME = re.compile(r"\w[\w.-]{0,99}")  # of a dataset or a file: no separator, no `..`
+# the fields of meta.json that say what an id means
+VOCABULARY = ("tokenizer", "vocab_size", "eot", "chars", "tokenizer_sha256")
 SHIPPED = ("shakespeare",)  # the text lies in the repository: needs neither network nor arguments
 # what `python data/<name>/prepare.py` leaves on disk
 SIZES = {"shakespeare": "5 MB", "shakespeare_char": "1 MB", "enwik8": "100 MB, downloads 36 MB",
@@ -92,6 +95,8 @@ class Tokenizer:
             raise DataError(f"the vocabulary is damaged ({e}): prepare the data again") from e
         if meta["tokenizer"] == "char":
             return CharTokenizer(meta["chars"])
+        if meta["tokenizer"] == "hf":
+            return HFTokenizer(meta["tokenizer_json"], meta["vocab_size"], meta.get("eot"))
         return UTF8_TOKENIZERS[meta["tokenizer"]](eot=meta.get("eot") is not None)
 
     def meta(self):
@@ -169,10 +174,7 @@ class GPT2Tokenizer(Tokenizer):
 
     def __init__(self, eot=True, special=False):
         super().__init__(eot, special)
-        try:
-            import tiktoken
-        except ImportError as e:
-            raise DataError("GPT-2's tokens need the package tiktoken: pip install tiktoken") from e
+        tiktoken = optional("tiktoken", "--tokenizer=gpt2")
         if (installed := data_root() / ".tiktoken").exists():
             os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(installed))
         try:
@@ -203,6 +205,51 @@ class GPT2Tokenizer(Tokenizer):
 UTF8_TOKENIZERS = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer}
 
 
+class HFTokenizer(Tokenizer):
+    """A Hugging Face tokenizer.json, given as text, by the package tokenizers. special: the names
+    of special tokens in a text are encoded as those, not as text."""
+    kind = "hf"
+
+    def __init__(self, text, vocab_size, eot=None, special=False):
+        self.text, self.vocab_size, self.eot, self.special = text, vocab_size, eot, special
+        package = optional("tokenizers", "a Hugging Face tokenizer.json")
+        try:
+            self.bpe = package.Tokenizer.from_str(text)
+        except Exception as e:  # what its parser raises has no other type
+            raise DataError(f"the tokenizer.json is damaged ({first_line(e)}): use another") from e
+        self.bpe.no_truncation()
+        self.bpe.no_padding()
+        self.bpe.encode_special_tokens = not special
+
+    @classmethod
+    def from_folder(cls, folder, special=False):
+        """That of a model's folder. The vocabulary is the model's, which may be padded beyond the
+        tokenizer's, and the end-of-text its config.json's, else <|endoftext|>."""
+        text, config = (obtain(Path(folder, name), None, f"a folder with a model's {name}")
+                        for name in ("tokenizer.json", "config.json"))
+        try:
+            found, own = json.loads(config), cls(text.decode(), 0, special=special)
+            eot = found.get("eos_token_id", own.bpe.token_to_id(EOT_TEXT))
+            own.eot = eot[0] if isinstance(eot, list) else eot
+            own.vocab_size = max(*own.bpe.get_vocab().values(), found["vocab_size"] - 1) + 1
+            check_vocabulary(own.meta())
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as e:
+            raise DataError(f"{shown(folder)} is damaged ({first_line(e)}): use another") from e
+        return own
+
+    def meta(self):
+        sha256 = hashlib.sha256(self.text.encode()).hexdigest()
+        return super().meta() | {"tokenizer_json": self.text, "tokenizer_sha256": sha256}
+
+    def encode_array(self, text):
+        text.encode()  # half a character raises UnicodeEncodeError, as in the other kinds
+        return np.array(self.bpe.encode(text, add_special_tokens=False).ids, np.int64)
+
+    def decode(self, ids):
+        """ids -> str; the ids that pad a model's vocabulary stand for no text."""
+        return self.bpe.decode([int(i) for i in ids], skip_special_tokens=False)
+
+
 # -- reading ---------------------------------------------------------------------------------------
 
 def field(record, key, kind, low=0, high=0):
@@ -218,12 +265,20 @@ def check_vocabulary(meta):
     kind = field(meta, "tokenizer", str)
     chars = field(meta, "chars", str) if kind == "char" else ""
     chars.encode()  # half a character raises UnicodeEncodeError, a ValueError
-    if kind not in ("char", *UTF8_TOKENIZERS) or len(set(chars)) < len(chars):
-        raise ValueError("tokenizer is not byte, gpt2, or char with distinct chars")
-    size = len(chars) if kind == "char" else UTF8_TOKENIZERS[kind].vocab_size
-    field(meta, "vocab_size", int, size or 1, size)
+    if kind not in ("char", "hf", *UTF8_TOKENIZERS) or len(set(chars)) < len(chars):
+        raise ValueError("tokenizer is not byte, gpt2, hf, or char with distinct chars")
+    if kind == "hf":
+        text, low, size = field(meta, "tokenizer_json", str).encode(), 0, 1 << 24
+        if hashlib.sha256(text).hexdigest() != meta.get("tokenizer_sha256"):
+            raise ValueError("the tokenizer.json has another sha256")
+        if len(text) > LARGEST_META // 2:
+            raise ValueError(f"the tokenizer.json has {len(text) >> 20} MB")
+    else:
+        size = len(chars) if kind == "char" else UTF8_TOKENIZERS[kind].vocab_size
+        low = max(size - 1, 0)  # the last id, which alone is an end-of-text
+    size = field(meta, "vocab_size", int, low + 1, size)
     if meta.get("eot") is not None:
-        field(meta, "eot", int, size - 1, size - 1)
+        field(meta, "eot", int, low, size - 1)
 
 
 def check_meta(meta):
@@ -252,7 +307,7 @@ def identity(meta):
     ValueError when meta describes none: a checkpoint's may be anything."""
     check_meta(meta)
     found = {name: [s["sha256"] for s in info["shards"]] for name, info in meta["splits"].items()}
-    found["vocabulary"] = [meta.get(key) for key in ("tokenizer", "vocab_size", "eot", "chars")]
+    found["vocabulary"] = [meta.get(key) for key in VOCABULARY]
     return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest()
             for name, value in found.items()}
 

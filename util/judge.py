@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from util.checkpoint import load_model
-from util.configurator import SettingsError
+from util.configurator import SettingsError, first_line, optional
+from util.dataset import VOCABULARY
 
 
 def token_entropy(text):
@@ -55,7 +56,7 @@ def sliding(n, context):
 
 def check_vocabulary(mine, other, what):
     """SettingsError unless two meta.json mean the same by every token id."""
-    if any(mine.get(key) != other.get(key) for key in ("tokenizer", "vocab_size", "chars", "eot")):
+    if any(mine.get(key) != other.get(key) for key in VOCABULARY):
         says = [f"{m.get('tokenizer')}, {m.get('vocab_size')} tokens" for m in (other, mine)]
         raise SettingsError(
             f"{what} has another vocabulary ({says[0]}) than the checkpoint ({says[1]}): use one "
@@ -104,18 +105,15 @@ def hugging_face_judge(folder, tokenizer, device):
 
     The first token follows the judge's begin (or end) of text; without either it is not scored.
     """
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ImportError:
-        raise SettingsError("--judge=hf:DIR needs transformers: pip install transformers") from None
+    transformers = optional("transformers", "--judge=hf:DIR")
     if not Path(folder).is_dir():
         raise SettingsError(f"--judge=hf:{folder}: no such folder; give that of a saved model")
     try:
-        words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        net = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+        words = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        net = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     except Exception as e:  # a foreign library on foreign files: whatever it raises
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
-        raise SettingsError(f"--judge=hf:{folder} is no causal language model ({reason})") from None
+        raise SettingsError(f"--judge=hf:{folder} is no causal language model ({first_line(e)})"
+                            ) from None
     net = net.float().to(device).eval()
     context = getattr(net.config, "max_position_embeddings", None) or 1024
     begin = words.eos_token_id if words.bos_token_id is None else words.bos_token_id

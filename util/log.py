@@ -14,7 +14,7 @@ together. A resumed run drops torn rows and rows past its checkpoint.
 import os
 from pathlib import Path
 
-from util.configurator import SettingsError, first_line, public, writing
+from util.configurator import SettingsError, first_line, optional, public, writing
 
 TERMS = ("bound", "gpt", "joint")
 VAL = tuple(f"val_{name}{error}" for name in TERMS for error in ("", "_error"))
@@ -33,18 +33,15 @@ def write_settings(path, settings):
 
 def start_wandb(folder, settings):
     """A wandb run that keeps its files in folder/wandb; a resumed run goes on in the same one."""
-    try:
-        from wandb import Error, init
-    except ImportError:
-        raise SettingsError("--wandb=true needs wandb: pip install wandb") from None
+    wandb = optional("wandb", "--wandb=true")
     (folder / "wandb").mkdir(exist_ok=True)
     known, again = folder / "wandb" / "id", {}
     if settings["init_from"] == "resume" and known.exists():
         again = {"id": known.read_text(), "resume": "allow"}
     try:
-        run = init(project="cascade", name=folder.resolve().name, dir=folder,
+        run = wandb.init(project="cascade", name=folder.resolve().name, dir=folder,
                    config=public(settings), **again)
-    except Error as e:
+    except wandb.Error as e:
         raise SettingsError(f"wandb does not start ({first_line(e)}): WANDB_MODE=offline keeps its "
                             "record here, and without --wandb=true there is log.csv") from None
     known.write_text(run.id)

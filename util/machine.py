@@ -139,7 +139,8 @@ def train_flops(c, batch, masked, copies=1, attention=True):
     """
     N, C, ar, causal = c.seq_len, c.n_embd, c.objective == "ar", c.context == "causal"
     kv, head, tokens = 2 * C * c.n_kv_head * c.head_dim, C * c.vocab_size, batch * N
-    q, tail, streams = C * C, C * C + 3 * C * c.n_hidden, 1 if ar else 1 + copies
+    q = C * c.n_head * c.head_dim  # as large as o
+    tail, streams = q + 3 * C * c.n_hidden, 1 if ar else 1 + copies
     clean = tokens if ar else batch * (N - 1) if causal else 0  # tokens with a loss
     weights = streams * tokens * (c.n_layer - 1) * (q + kv + tail)
     weights += tokens * ((streams - (not causal)) * q + streams * kv) + (clean + masked) * tail
@@ -150,7 +151,7 @@ def train_flops(c, batch, masked, copies=1, attention=True):
     noisy = (streams - 1) * batch * N * (N + c.block_size) // 2  # visible entries in a layer
     own = batch * N * (N + (1 if causal else c.block_size)) // 2
     entries = c.n_layer * noisy + (c.n_layer - (not causal)) * own
-    return 6 * weights + attention * 12 * C * entries
+    return 6 * weights + attention * 12 * c.n_head * c.head_dim * entries
 
 
 class Stop:

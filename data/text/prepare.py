@@ -3,11 +3,13 @@ Your own text as a dataset: files or folders of UTF-8 text, plain, .gz or .xz.
 
     python data/text/prepare.py --input=FILE --name=mine                     # by byte
     python data/text/prepare.py --input FOLDER a.txt.gz --name=mine --tokenizer=gpt2
+    python data/text/prepare.py --input=FILE --name=mine --tokenizer=hf:DIR    # of a model's folder
     python data/text/prepare.py --bpe_dir=FOLDER             # GPT-2's two files, for no network
     python train.py --dataset=mine
 
 Every file is a document. Two passes: the first checks the text and counts it, the second encodes
-it, on all cores and in constant memory. Nothing exists until the whole is written.
+it, on all cores and in constant memory, in pieces of half a megabyte (GPT-2's tokens are those of
+the whole; of another model's, one at a border may differ). Nothing exists until all is written.
 """
 import gzip
 import lzma
@@ -214,7 +216,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--input", nargs="+", action="extend", metavar="PATH", help="text files or folders of them")
     add("--name", help="the dataset is written to data/NAME/")
-    add("--tokenizer", choices=["char", "byte", "gpt2"], default="byte")
+    add("--tokenizer", default="byte", help="char, byte, gpt2, or hf:DIR with a tokenizer.json")
     add("--val", type=float, default=0.1, help="share of the text for validation")
     add("--special", action="store_true",
         help=f"read {EOT_TEXT} in the text as the end-of-text token, not as text")
@@ -232,8 +234,17 @@ def check_arguments(args):
         raise DataError(f"data/{args.name} has a prepare.py of its own: choose another --name")
     if not 0 < args.val < 1:
         raise DataError(f"--val={args.val} is not between 0 and 1: give a share, such as 0.1")
+    if args.tokenizer not in ("char", *TOKENIZERS) and not args.tokenizer.startswith("hf:"):
+        raise DataError(f"--tokenizer={args.tokenizer} is unknown: use char, byte, gpt2 or hf:DIR")
     if args.special and args.tokenizer == "char":
         raise DataError("--special needs an end-of-text token: use --tokenizer=byte or gpt2")
+
+
+def make_tokenizer(args):
+    """The Tokenizer that is asked for; False for "char", which the text decides."""
+    if args.tokenizer.startswith("hf:"):
+        return dataset.HFTokenizer.from_folder(args.tokenizer[3:], args.special)
+    return args.tokenizer != "char" and TOKENIZERS[args.tokenizer](special=args.special)
 
 
 def main():
@@ -246,7 +257,7 @@ def main():
     check_arguments(args)
     folder = dataset.data_root() / args.name
     dataset.refuse_existing(folder, args.overwrite)
-    tokenizer = args.tokenizer != "char" and TOKENIZERS[args.tokenizer](special=args.special)
+    tokenizer = make_tokenizer(args)
 
     corpus = Corpus(find_files(args.input))
     chars = corpus.check(want_chars=not tokenizer)
