@@ -41,6 +41,7 @@ import train
 from eval import Score
 from tests.common import (
     CONTEXTS,
+    DRAFTS,
     SHAPES,
     TINY,
     Skip,
@@ -393,10 +394,15 @@ def test_attention_half_precision():
 
 def test_model_equals_slow_model():
     """Logits of one stream and of all, every term of the loss and every gradient, for both
-    contexts: heads, rotary, groups, ties, local windows, single and joint."""
+    contexts: heads, rotary, groups, ties, local windows, single and joint; with projections of
+    their own for noisy positions, and frozen: there only what drafts has a gradient."""
     worst = {"logits": 0.0, "loss": 0.0, "grad": 0.0}
-    for shape, context in itertools.product(SHAPES, CONTEXTS):
-        net = tiny_model(**shape, context=context)
+    drafts = ((DRAFTS | {"frozen": frozen}, "causal") for frozen in (False, True))
+    for shape, context in (*itertools.product(SHAPES, CONTEXTS), *drafts):
+        frozen = shape.get("frozen")
+        net = tiny_model(**{k: v for k, v in shape.items() if k != "frozen"}, context=context)
+        if frozen:
+            net.freeze()
         x0 = tokens_for(net)
         noisy, index = noisy_for(net, x0)
         state = {k: v.detach().clone().requires_grad_() for k, v in net.state_dict().items()}
@@ -414,7 +420,10 @@ def test_model_equals_slow_model():
         sum(fast.values()).backward()
         sum(slow.values()).backward()
         for name, p in net.named_parameters():
-            worst["grad"] = max(worst["grad"], diff(p.grad, state[name].grad))
+            learns = not frozen or "draft_" in name or name.startswith("local.")
+            assert (p.grad is not None) == learns, f"frozen {frozen}: the gradient of {name}"
+            if learns:
+                worst["grad"] = max(worst["grad"], diff(p.grad, state[name].grad))
     assert worst["loss"] < 2e-6 and worst["grad"] < 2e-5, worst
     return within(worst["logits"], 2e-6, f"grad {worst['grad']:.1g}; logits max|diff|")
 
@@ -435,8 +444,8 @@ def test_no_leak():
     """Bitwise: changing block j moves no earlier logit; changing the clean copy of b moves no noisy
     b; noisy blocks and copies do not reach each other; with a causal context no token sees the next
     one; no position sees itself, masked, through the local head."""
-    for context in CONTEXTS:
-        net = tiny_model(context=context, local_window=4)
+    for context, rank in (*((context, 0) for context in CONTEXTS), ("causal", 2)):
+        net = tiny_model(context=context, local_window=4, draft_rank=rank)
         causal, x0 = context == "causal", tokens_for(net)
         xt = noisy_for(net, x0, copies=2)[0].xt
         logits, both = net(x0), masked_logits(net, x0, xt)
@@ -649,23 +658,27 @@ def test_train_flops():
     from torch.utils.flop_counter import FlopCounterMode
 
     worst = 0.0
-    for copies, shape in (
-        (1, {"context": "block", "local_window": 0}), (2, {"context": "block"}), (1, {}),
-        (2, {"n_kv_head": 2, "local_window": 3}), (1, {"objective": "ar"}),
+    for copies, frozen, shape in (
+        (1, 0, {"context": "block", "local_window": 0}), (2, 0, {"context": "block"}), (1, 0, {}),
+        (2, 0, {"n_kv_head": 2, "local_window": 3}), (1, 0, {"objective": "ar"}),
+        (2, 0, {"n_kv_head": 2, "draft_rank": 2}), (2, 1, {"n_kv_head": 2, "draft_rank": 2}),
+        (1, 1, {}), (1, 1, {"draft_rank": 3, "local_window": 0}),
     ):
         net = tiny_model(seq_len=64, **{"block_size": 8, "n_layer": 3, **shape})
+        if frozen:
+            net.freeze()
         c, x0, masked = net.config, tokens_for(net, batch=4), 0
         with FlopCounterMode(display=False) as counter:
             if c.objective == "ar":
-                every = torch.arange(x0.numel())
-                Score(net)(x0, x0, every)[1].sum().backward()
+                index = torch.arange(x0.numel())
+                Score(net)(x0, x0, index)[1].sum().backward()
             else:
                 noisy, index = noisy_for(net, x0, copies=copies)
                 sum(terms_of(net, x0, noisy, index).values()).backward()
-                masked = len(index)
+            masked = len(index)
         counts = counter.get_flop_counts()["Global"]
         products = sum(n for op, n in counts.items() if "attention" not in str(op))
-        mine = machine.train_flops(c, 4, masked, copies, attention=False)
+        mine = machine.train_flops(c, 4, masked, copies, attention=False, frozen=frozen)
         worst = max(worst, abs(mine - products) / products)
     return within(worst, 1e-9, "matrix products, relative difference")
 
@@ -756,7 +769,8 @@ def test_loss_in_pieces():
     g, worst = generator(), 0.0
     h, head = torch.randn(50, 16, generator=g), torch.randn(40, 16, generator=g)
     targets, weight = torch.randint(40, (50,), generator=g), torch.rand(50, generator=g)
-    for teacher in (None, torch.randn(50, 16, generator=g)):
+    other = torch.randn(50, 24, generator=g), torch.randn(40, 24, generator=g)
+    for teacher in (None, (h, head), other):
         found = []
         for most in (2**25, 40 * 50 - 1, 40 * 7, 1):  # all at once; 49 rows and 1; 7 a time; 1
             ins = [h.clone().requires_grad_(), head.clone().requires_grad_()]
@@ -768,7 +782,7 @@ def test_loss_in_pieces():
         loss = corrupt.masked_diffusion_loss(logits, targets, weight, 7).item()
         by_hand = (F.cross_entropy(logits, targets, reduction="none") * weight).sum().item() / 7
         assert abs(loss - by_hand) < 1e-5
-    assert diff(found[0][0], F.cross_entropy(logits, (teacher @ head.T).softmax(-1),
+    assert diff(found[0][0], F.cross_entropy(logits, (teacher[0] @ teacher[1].T).softmax(-1),
                                              reduction="none")) < 1e-5
     return within(worst, 1e-5)
 
@@ -1202,7 +1216,7 @@ def random_prompts(net, *lengths):
 
 
 @torch.no_grad()
-def uncached(net, text, new, visible, offsets):
+def uncached(net, text, new, visible, offsets, noisy=None):
     """(Q, C): what the trunk makes of new tokens (Q,) behind finished text (n,), in one pass
     without a cache, under one dense mask."""
     n, c = len(text), net.config
@@ -1218,7 +1232,8 @@ def uncached(net, text, new, visible, offsets):
         y = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
         return y.transpose(1, 2)
 
-    return net.trunk(torch.cat([text, new])[None], positions, attend)[0, n:]
+    noisy = F.pad(new == c.mask_id if noisy is None else noisy, (n, 0)).unsqueeze(-1)
+    return net.trunk(torch.cat([text, new])[None], positions, attend, noisy=noisy)[0, n:]
 
 
 class Passes(list):
@@ -1231,9 +1246,9 @@ class Passes(list):
     def __enter__(self):
         self.read, passes = sample.Writer.read, self
 
-        def checked(w, tokens, visible=None, offsets=None, stay=0):
+        def checked(w, tokens, visible=None, offsets=None, stay=0, noisy=None):
             length, base, done = w.cache.length.clone(), w.base.clone(), w.done.clone()
-            h = passes.read(w, tokens, visible, offsets, stay)
+            h = passes.read(w, tokens, visible, offsets, stay, noisy)
             Q = tokens.shape[1]
             seen = torch.ones(Q, Q, dtype=torch.bool) if visible is None else visible
             steps = torch.arange(Q) if offsets is None else offsets
@@ -1246,7 +1261,7 @@ class Passes(list):
                 if w.front:
                     (text if len(text) else new)[0] = w.c.mask_id
                 assert (text[w.front :] < w.c.mask_id).all(), "a mask was read as finished text"
-                want = uncached(w.model, text, new, seen, steps)[: used[r]]
+                want = uncached(w.model, text, new, seen, steps, noisy)[: used[r]]
                 passes.worst = max(passes.worst, diff(h[r, : used[r]], want))
             passes.slides += bool((length == 0).any() and base.any())
             passes.append(SimpleNamespace(tokens=tokens, h=h, base=base, length=length, w=w))
@@ -1272,6 +1287,7 @@ def test_cache_equals_uncached():
         ({**GQA, "seq_len": 4}, "block", (0, 0), 14),
         ({**BLOCK, "seq_len": 8}, "block", (3, 0), 21),
         (GQA, "gpt", (0, 3, 31, 40), 50), (GQA, "verify", (0, 3, 31, 40), 50),
+        *(({**GQA, "draft_rank": 2}, mode, (0, 7, 26), 30) for mode in ("block", "verify")),
         (MHA, "verify", (5,), 60), ({**GQA, "block_size": 8}, "verify", (9, 0), 40),
         ({**GQA, "seq_len": 4}, "verify", (2, 0), 14), (AR, "gpt", (0, 3, 11, 31), 40),
         ({**AR, "seq_len": 1}, "gpt", (0, 2), 4),
@@ -1420,8 +1436,8 @@ def block_distribution(net, prompt, rule, steps, tau=0.9, gamma=0.5):
     @functools.cache
     def trunk(state):
         tokens = torch.tensor([[*prompt[:cut], *state]])
-        visible = reference.draft_rule(cut, rule_before)
-        return reference.reference_trunk(state_dict, c, tokens, visible)[0, cut:]
+        visible, noisy = reference.draft_rule(cut, rule_before), torch.arange(cut + S) >= cut
+        return reference.reference_trunk(state_dict, c, tokens, visible, noisy)[0, cut:]
 
     @functools.cache
     def probabilities(state, i, shown):
@@ -1505,6 +1521,7 @@ def test_sampler_draws_the_distribution():
         (joint, "left_to_right", 1, [2, 0, 1, 1], 10, {}), (joint, "random", 2, [2, 0], 5, {}),
         (joint, "left_to_right", 2, [1], 5, {}), (joint, "confidence", 2, [2], 5, {}),
         ({**joint, "context": "block"}, "left_to_right", 1, [2, 0, 1, 1], 5, {}),
+        ({**joint, "draft_rank": 2}, "left_to_right", 2, [1], 5, {}),
     )
     for shape, rule, steps, start, seeds, knobs in cases:
         net = tiny_model(**shape)
@@ -1549,6 +1566,7 @@ def test_verify_draws_the_gpts_distribution():
         ("few", {}, {"branches": 1, "drafts": 1}, {}), ("wrong", {}, {"drafter": Wrong()}, {}),
         ("wrong top_p", {}, {"drafter": Wrong()}, {"top_p": 0.7, "temperature": 2.0}),
         ("slide", {"seq_len": 6}, {}, {}), ("ar", {"objective": "ar"}, {}, {}),
+        ("draft_rank", {"draft_rank": 2}, {"branches": 3}, {}),
     ):
         net, slide = tiny_model(**{**SMALL, "local_window": 2, **shape}), name == "slide"
         prompt = [2, 0, 1, 1] if slide else [2, 0, 1]

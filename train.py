@@ -5,6 +5,8 @@
     python train.py --objective=ar --block_size=1 --out_dir=out/ar      the same network as a GPT
     torchrun --nproc_per_node=8 train.py                 the same batches and noise, shared out
     python train.py config/nano.py --init_from=resume    go on from out_dir/last.pt
+    python train.py --init_from=out/nano --train=draft --draft_rank=16 --out_dir=out/draft
+                                                         keep its GPT level, learn to draft
 
 Batches and noise are pure functions of (seed, step), drawn for the whole global batch and then
 sliced. So a resumed run, more processes or smaller micro-batches compute the same thing. (With
@@ -16,7 +18,7 @@ import shlex
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -33,9 +35,19 @@ from eval import Score, ar_input, evaluate, step_generator
 from model import CascadeConfig, CascadeLM
 from sample import DEFAULTS as SAMPLE
 from sample import generate_stream
-from util.checkpoint import all_finite, check_out_dir, check_same, load_checkpoint, save_checkpoint
+from util.checkpoint import (
+    all_finite,
+    check_out_dir,
+    check_same,
+    load_checkpoint,
+    load_model,
+    load_source,
+    save_checkpoint,
+    take_over,
+)
 from util.dataset import Prefetch, load_or_prepare
 from util.display import printable
+from util.judge import check_vocabulary
 from util.log import Log, Silent
 from util.machine import (
     Processes,
@@ -54,7 +66,9 @@ _gpu = torch.cuda.is_available()  # the defaults are the nano for this machine
 # where
 out_dir = "out/nano"
 dataset = "shakespeare"  # a folder of data/, prepared by its prepare.py
-init_from = "scratch"  # or "resume": go on from out_dir/last.pt
+init_from = "scratch"  # or "resume": go on from out_dir/last.pt; or another run's folder, whose
+# weights a new run starts from, and whose shape it has where none is given
+train = "all"  # or "draft": only what drafts, so that the GPT level stays what it was, bit for bit
 overwrite = False  # allow a fresh run to replace the one in out_dir, with its first checkpoint
 any_data = False  # allow a run to be resumed on other data than it began with
 seed = 1337
@@ -72,10 +86,13 @@ qk_norm = True
 context = "causal"  # the clean stream is a GPT; or "block", as in BD3-LM
 local_window = 4  # w, left tokens that the local head sees; 0: no local head
 local_hidden = 0  # width of the local head; 0: twice n_embd
+draft_rank = 0  # of what noisy positions add to the projections, for --train=draft; 0: nothing
 # the loss: bound + gpt_weight * next-token NLL + joint_weight * NLL of joint passes
 gpt_weight = 3.0
 joint_weight = 2.0
 joint_target = "text"  # or "gpt": the distribution of the GPT level, not differentiated
+gpt_target = "text"  # this one's and joint_target may be "teacher" as well:
+teacher = ""  # a run of this vocabulary whose GPT level, or AR baseline, is to be imitated
 # the noise
 corruption = "all"  # all blocks of a sequence; or "target", one block of each
 noise = "tilted"  # or "balanced", "uniform", "clipped": corrupt.py
@@ -118,7 +135,8 @@ DEFAULTS = public(dict(globals()))
 
 CHOICES = {
     "noise": tuple(SCHEDULES), "weighting": WEIGHTINGS, "corruption": ("all", "target"),
-    "joint_target": ("text", "gpt"), "copies": (1, 2), "init_from": ("scratch", "resume"),
+    "joint_target": ("text", "gpt", "teacher"), "gpt_target": ("text", "teacher"),
+    "copies": (1, 2), "train": ("all", "draft"),
     "optimizer": ("muon", "adamw"), "attention": ("auto", "chunk", "flex"),
 }
 AT_LEAST = {1: "batch_size log_every eval_every eval_windows final_windows",
@@ -144,11 +162,22 @@ def resolve(s, processes):
         s.batch_size = raised
     if s.objective == "ar":
         s.block_size, s.context, s.local_window, s.corruption = 1, "causal", 0, "all"
+        s.draft_rank = 0
     if not s.local_window:
         s.full_share = 0.0
         s.joint_target = "text"
-    if s.joint_target == "gpt" and s.context == "block":
-        raise SettingsError("--joint_target=gpt needs a GPT level: set --context=causal")
+    soft = {s.joint_target, s.gpt_target} - {"text"}
+    for what, asked in (("train=draft", s.train == "draft"), ("draft_rank", s.draft_rank),
+                        (f"joint_target={s.joint_target}", soft)):
+        if asked and (s.context == "block" or s.objective == "ar"):
+            raise SettingsError(f"--{what} needs a GPT level beside blocks: set --context=causal "
+                                "and --objective=diffusion")
+    if bool(s.teacher) != ("teacher" in soft):
+        raise SettingsError("--teacher=DIR goes with --joint_target=teacher or "
+                            "--gpt_target=teacher: give both")
+    if s.train == "draft" and (s.init_from == "scratch" or not (s.draft_rank or s.local_window)):
+        raise SettingsError("--train=draft keeps a GPT level and trains what drafts: it needs "
+                            "--init_from=DIR, and --draft_rank or --local_window")
     rates(s).check(s.noise)
     if s.corruption == "target" or s.block_size == 1:
         s.copies = 1  # of a block of one token the second copy would repeat the first
@@ -211,20 +240,31 @@ def in_training(compiled, eager, *args):
 class Run:
     """One training run: what must survive a restart, and the steps that change it."""
 
-    def __init__(self, s, processes):
+    def __init__(self, s, processes, given=DEFAULTS):
+        """`given`: the names of the settings that the user chose; others a source may set."""
         self.s, self.processes = s, processes
+        shape, weights, meta = load_source(s)
+        vars(s).update((k, v) for k, v in shape.items() if k in DEFAULTS and k not in given)
         asked = dict(vars(s))  # before "auto" is resolved
         lines = resolve(s, processes)
         processes.open(s.device)
         self.data = load_or_prepare(s.dataset, s.seq_len, processes)
-        shape = {f.name: getattr(s, f.name) for f in fields(CascadeConfig) if hasattr(s, f.name)}
-        self.config = CascadeConfig(vocab_size=self.data.vocab_size, **shape)
+        if weights:
+            check_vocabulary(meta, self.data.meta, f"--dataset={s.dataset}")
+        names = CascadeConfig.__dataclass_fields__
+        shape |= {k: v for k, v in vars(s).items() if k in names}
+        self.config = CascadeConfig(**{**shape, "vocab_size": self.data.vocab_size})
         processes.lock = processes.main_first(lambda: check_out_dir(s))
         torch.manual_seed(s.seed)
         torch.set_float32_matmul_precision("high")
         keep_memory()
         self.model = CascadeLM(self.config, s.attention)
-        self.score = Score(self.model, s.joint_target)
+        if weights:
+            lines.append(take_over(self.model, shape, weights, s.init_from))
+        if s.train == "draft":
+            self.model.freeze()
+        teacher = self.load_teacher() if s.teacher else None
+        self.score = Score(self.model, s.joint_target, s.gpt_target, teacher)
         if s.shard:
             shard_model(self.score, s.device, processes.world)
         self.score.to(s.device)
@@ -255,6 +295,18 @@ class Run:
             self.parallel = parallel(self.score, **{buffers: False})
         if processes.main:
             print("\n".join([*lines, *self.described()]), flush=True)
+
+    def load_teacher(self):
+        """The frozen model of the setting `teacher`; a resumed run must give it again."""
+        s = self.s
+        model, state = load_model(s.teacher)
+        check_vocabulary(state["meta"], self.data.meta, f"beside --teacher, --dataset={s.dataset}")
+        if model.config.context != "causal" or model.config.seq_len < s.seq_len:
+            raise SettingsError(f"--teacher={s.teacher} needs a GPT level and a context of "
+                                f"{s.seq_len} tokens: use another, or lower --seq_len")
+        s.teacher_digest = state["digest"]  # check_same compares it
+        model.attention = s.attention
+        return model.requires_grad_(False)
 
     def described(self):
         """Lines on what will be trained, on what."""
@@ -425,7 +477,9 @@ class Run:
         self.check_finite("gradient", self.norms)
         self.check_finite("loss", sum(terms.values()))
         peak, masked = peak_flops(s), self.masked * world / steps
-        flops = train_flops(self.config, s.batch_size, masked, s.copies) * steps / seconds
+        flops = train_flops(self.config, s.batch_size, masked, s.copies,
+                            frozen=self.model.frozen)
+        flops *= steps / seconds
         self.masked = 0
         self.log.report(
             self.step, s.max_steps, terms, self.val,
@@ -517,7 +571,7 @@ def finish(run, stopped):
 def main(argv):
     processes = Processes()
     try:
-        run = Run(SimpleNamespace(**override(DEFAULTS, argv)), processes)
+        run = Run(SimpleNamespace(**override(DEFAULTS, argv, given := set())), processes, given)
         stopped = train_loop(run)
         finish(run, stopped)
         return stopped and 128 + stopped
