@@ -532,6 +532,20 @@ def test_joint_target():
     want = -(teacher * logp).sum(-1).flatten()[index]
     first = index % 12 == 0
     assert first.any() and diff(joint[first], single[first]) == 0
+    for other in (tiny_model(9, seq_len=15, n_embd=16), tiny_model(9, objective="ar")):
+        x = torch.cat([torch.full_like(x0[:, :1], 11), x0[:, :-1]], dim=1)
+        p = other(x)[:, 1:] if other.config.objective == "ar" else other(x0)[:, :-1]
+        p, how = p.softmax(-1).detach(), ("teacher", "teacher", other)
+        gpt, first_token, taught = Score(net, *how)(x0, noisy.xt, index)
+        logp_gpt = net(x0)[:, :-1].log_softmax(-1)
+        assert diff(gpt, -(p * logp_gpt).sum(-1).flatten()) < 5e-6
+        want_taught = -(F.pad(p, (0, 0, 1, 0)) * logp).sum(-1).flatten()[index]
+        want_taught = torch.where(index % 12 == 0, first_token, want_taught)
+        assert diff(taught, want_taught) < 5e-6
+        with torch.no_grad():
+            pairs = zip(Score(net, *how)(x0, noisy.xt, index), Score(net)(x0, noisy.xt, index),
+                        strict=True)
+            assert all(diff(*pair) == 0 for pair in pairs), "evaluation is not of the text"
     with torch.no_grad():  # as in evaluation, whose figures are likelihoods of the text
         text = Score(net)(x0, noisy.xt, index)[2]
         assert diff(Score(net, "gpt")(x0, noisy.xt, index)[2], text) == 0 < diff(joint, text)
@@ -1134,6 +1148,117 @@ def test_resume_is_bitwise():
         assert best["step"] == min(vals, key=vals.get) == rest.best_step, (best["step"], vals)
         assert checkpoint.find_checkpoint(folder / "b").name == "best.pt"
     return "0 bits of difference after stopping at step 11 of 20; 9 other settings refused"
+
+
+def started(folder, halt=None, **settings):
+    """train_tiny of a run for which the user chose `settings`, and no shape but in them; its
+    `first` weights. Stopped before step `halt` and resumed, if that is given."""
+    class Started(train.Run):
+        def __init__(self, s, processes):
+            super().__init__(s, processes, {*settings})
+            self.first = {k: v.clone() for k, v in self.model.state_dict().items()}
+
+        def train_step(self, progress):
+            if self.step == halt and self.s.init_from != "resume":
+                os.kill(os.getpid(), 2)  # SIGINT: the loop finishes this step and saves
+            return super().train_step(progress)
+
+    run, said = train_tiny(folder, Started, **settings)
+    if halt is None:
+        return run, said
+    assert run.step == halt + 1, run.step
+    return started(folder, **{**settings, "init_from": "resume"})
+
+
+def test_start_from_another_run():
+    """--init_from=DIR: shape and weights are that run's, bit for bit; what is given anew starts as
+    nothing, so the first loss is that run's; an AR baseline becomes a cascade, its tokens' NLL what
+    it was behind the same text; it resumes bit for bit."""
+    with data_folder() as folder:
+        s = {"max_steps": 3, "tie_embeddings": True, "n_embd": 24, "block_size": 8}
+        a, _ = train_tiny(folder, **s, out_dir=f"{folder}/a")
+        first = {"max_steps": 4, "out_dir": f"{folder}/b", "init_from": f"{folder}/a"}
+        for more, words, same in (
+            ({}, "nothing is new", ""), ({"draft_rank": 2}, "new draft_rank", "draft_"),
+            ({"block_size": 4, "local_window": 3}, "new local head", "local."),
+            ({"local_window": 0}, "without its local head", "local."),
+            ({"seq_len": 32}, "nothing is new", ""),
+        ):
+            b, said = started(folder, **first, **more)
+            assert f"start      the weights of {folder}/a; {words}" in said, said
+            assert b.config.n_embd == 24 and b.config.tie_embeddings and b.step == 4
+            before = checkpoint.load_checkpoint(folder / "a/last.pt")["model"]
+            for name, value in b.first.items():
+                if not same or same not in name:
+                    assert (value == before[name]).all(), (more, name)
+            if same and "new" in words:
+                new = {k: v for k, v in b.first.items() if same in k}
+                start = ("local.down.weight",) if same == "local." else (
+                    k for k in new if "out" in k or "mask" in k)
+                assert new and all((new[k] == 0).all() for k in start), more
+        longer = {**first, "max_steps": 8, "draft_rank": 2}
+        whole, _ = started(folder, **longer)
+        rest, _ = started(folder, 5, **{**longer, "out_dir": f"{folder}/c"})
+        assert rest.step == 8 and (weights(whole) == weights(rest)).all(), "resume"
+        ar, _ = train_tiny(folder, max_steps=3, objective="ar", out_dir=f"{folder}/ar")
+        net, _ = started(folder, **{**first, "init_from": f"{folder}/ar", "max_steps": 1,
+                                    "learning_rate": 0, "muon_lr": 0, "weight_decay": 0})
+        assert net.config.objective == "diffusion" and net.config.local_window == 2
+        x0 = tokens_for(net.model)
+        assert diff(net.model(x0), ar.model(x0)) == 0
+        refuses(lambda: train_tiny(folder, **{**first, "n_embd": 16}), "has n_embd 24", "out")
+        write_dataset(folder / "more", "abcdefg\n" * 400, "\nabcdefg")
+        refuses(lambda: started(folder, **first, dataset=f"{folder}/more"), "another vocabulary")
+    return "5 starts, weights bitwise; resumed with 0 bits of difference; 2 refused"
+
+
+def test_training_drafts_alone():
+    """--train=draft, 50 steps by Muon and by AdamW, in float32 and bf16: the GPT level's logits and
+    weights have not changed by a bit, all of what drafts has, and the block level is better; no
+    optimizer holds a frozen weight; it resumes bit for bit."""
+    gains = []
+    with data_folder() as folder:
+        source, _ = train_tiny(folder, max_steps=30, tie_embeddings=True, out_dir=f"{folder}/a")
+        before, x0 = source.model.state_dict(), tokens_for(source.model)
+        for how in itertools.product(("muon", "adamw"), ("float32", "bfloat16")):
+            s = {"train": "draft", "init_from": f"{folder}/a", "draft_rank": 2, "max_steps": 50,
+                 "optimizer": how[0], "dtype": how[1], "joint_target": "gpt",
+                 "out_dir": f"{folder}/{'-'.join(how)}"}
+            run, said = started(folder, **s)
+            assert "of which 2,560 learn" in said, said
+            held = {id(p) for o in run.optimizers for g in o.param_groups for p in g["params"]}
+            for name, p in run.model.named_parameters():
+                drafts = name.startswith("local.") or "draft_" in name
+                same = name in before and bool((p == before[name]).all())
+                assert same != drafts and (id(p) in held) == drafts, (how, name)
+            with torch.no_grad(), machine.autocast(run.s):
+                assert (run.model(x0) == source.model(x0)).all(), how
+            gains.append(source.final["joint"][0] - run.final["joint"][0])
+        rest, _ = started(folder, 25, **{**s, "out_dir": f"{folder}/part"})
+        assert rest.step == 50 and (weights(run) == weights(rest)).all(), "resume"
+    assert min(gains) > 0, gains
+    return f"logits 0 bits apart; one pass a block better by {min(gains):.3f} nats, allowed 0"
+
+
+def test_teacher_of_a_run():
+    """--teacher=DIR of another shape: no part of the checkpoint; a resumed run needs the very same,
+    wherever it lies, and then has not a bit of difference."""
+    with data_folder() as folder:
+        for name in ("t", "u"):
+            train_tiny(folder, max_steps=2, n_embd=24, seq_len=32, out_dir=f"{folder}/{name}",
+                       seed=ord(name))
+        s = {"teacher": f"{folder}/t", "joint_target": "teacher", "gpt_target": "teacher",
+             "max_steps": 6, "n_layer": 1}
+        plain, _ = train_tiny(folder, max_steps=6, n_layer=1, out_dir=f"{folder}/plain")
+        whole, _ = started(folder, **s, out_dir=f"{folder}/whole")
+        assert plain.model.state_dict().keys() == whole.model.state_dict().keys()
+        assert (weights(plain) != weights(whole)).any()
+        again = {**s, "out_dir": f"{folder}/whole", "init_from": "resume"}
+        refuses(lambda: started(folder, **again | {"teacher": f"{folder}/u"}), "teacher_digest")
+        (folder / "t").rename(folder / "v")
+        rest, _ = started(folder, 3, **{**s, "out_dir": f"{folder}/b", "teacher": f"{folder}/v"})
+        assert rest.step == 6 and (weights(whole) == weights(rest)).all()
+    return "resumed with 0 bits of difference; another teacher refused"
 
 
 def test_two_processes():

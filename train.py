@@ -243,8 +243,8 @@ class Run:
     def __init__(self, s, processes, given=DEFAULTS):
         """`given`: the names of the settings that the user chose; others a source may set."""
         self.s, self.processes = s, processes
-        shape, weights, meta = load_source(s)
-        vars(s).update((k, v) for k, v in shape.items() if k in DEFAULTS and k not in given)
+        source, weights, meta = load_source(s)
+        vars(s).update((k, v) for k, v in source.items() if k in DEFAULTS and k not in given)
         asked = dict(vars(s))  # before "auto" is resolved
         lines = resolve(s, processes)
         processes.open(s.device)
@@ -252,18 +252,18 @@ class Run:
         if weights:
             check_vocabulary(meta, self.data.meta, f"--dataset={s.dataset}")
         names = CascadeConfig.__dataclass_fields__
-        shape |= {k: v for k, v in vars(s).items() if k in names}
-        self.config = CascadeConfig(**{**shape, "vocab_size": self.data.vocab_size})
-        processes.lock = processes.main_first(lambda: check_out_dir(s))
+        shape = source | {k: v for k, v in vars(s).items() if k in names}
+        self.config = CascadeConfig(**shape | {"vocab_size": self.data.vocab_size})
         torch.manual_seed(s.seed)
         torch.set_float32_matmul_precision("high")
         keep_memory()
         self.model = CascadeLM(self.config, s.attention)
         if weights:
-            lines.append(take_over(self.model, shape, weights, s.init_from))
+            lines.append(take_over(self.model, source, weights, s.init_from))
         if s.train == "draft":
             self.model.freeze()
         teacher = self.load_teacher() if s.teacher else None
+        processes.lock = processes.main_first(lambda: check_out_dir(s))
         self.score = Score(self.model, s.joint_target, s.gpt_target, teacher)
         if s.shard:
             shard_model(self.score, s.device, processes.world)
@@ -313,7 +313,9 @@ class Run:
         s, data = self.s, self.data
         what = (f"{s.noise} noise in {s.corruption} blocks of {s.block_size}, noisy copies: "
                 f"{s.copies}" if s.objective == "diffusion" else "autoregressive")
-        yield (f"model      {self.model.count_parameters():,} parameters: {s.n_layer} layers, "
+        learn = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        yield (f"model      {self.model.count_parameters():,} parameters"
+               + f", of which {learn:,} learn" * self.model.frozen + f": {s.n_layer} layers, "
                f"{s.n_head} heads, width {s.n_embd}, context {s.seq_len}")
         yield (f"data       {data.name}: {len(data.split('train')):,} train and "
                f"{len(data.split('val')):,} validation tokens")
