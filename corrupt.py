@@ -262,19 +262,19 @@ def masked_diffusion_loss(logits, targets, weight, num_blocks):
 def head_nll(h, head, targets, teacher=None, most=2**25):
     """(M,) float32: -log softmax(h head^T)[targets], without ever holding all of the logits.
 
-    h (M, C), head (V, C), targets (M,) int64. With teacher (M, C) the cross-entropy against
-    softmax(teacher head^T) instead, which is not differentiated: the KL divergence but for a
-    constant. `most`: logits held at once, 134 MB by default. Where there are more, each piece is
-    computed again for its gradient.
+    h (M, C), head (V, C), targets (M,) int64. With teacher = (t (M, C'), its head (V, C')) the
+    cross-entropy against softmax(t head'^T) instead, which is not differentiated: the KL divergence
+    but for a constant. `most`: logits held at once, 134 MB by default. Where there are more, each
+    piece is computed again for its gradient.
     """
 
-    def nll(h, targets, *teacher):
-        if teacher:
+    def nll(h, targets, *rows):
+        if rows:
             with torch.no_grad():
-                targets = F.linear(*teacher, head).float().softmax(dim=-1)
+                targets = F.linear(*rows, teacher[1]).float().softmax(dim=-1)
         return F.cross_entropy(F.linear(h, head).float(), targets, reduction="none")
 
-    inputs = (h, targets) if teacher is None else (h, targets, teacher)
+    inputs = (h, targets) if teacher is None else (h, targets, teacher[0])
     rows = max(1, most // len(head))
     if len(h) <= rows:
         return nll(*inputs)

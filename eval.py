@@ -95,9 +95,10 @@ class Score(nn.Module):
     """-log p in nats, by level: what training and evaluation share. A module, so that DDP and
     fully_shard can wrap it."""
 
-    def __init__(self, model, joint_target="text"):
+    def __init__(self, model, joint_target="text", gpt_target="text", teacher=None):
         super().__init__()
-        self.model, self.joint_target = model, joint_target
+        self.model, self.teacher = model, teacher
+        self.joint_target, self.gpt_target = joint_target, gpt_target
 
     def forward(self, x0, xt, index):
         """(gpt, single, joint), float32, of tokens x0 (B, N) and noisy copies xt (copies, B, N),
@@ -111,23 +112,27 @@ class Score(nn.Module):
         xt (B, N) is a stream by itself: of `corrupt_target_block`, or what objective "ar" reads.
         """
         c, model, head, N = self.model.config, self.model, self.model.head_weight(), x0.shape[1]
-        gpt, teacher, targets = None, None, x0.expand_as(xt).flatten()[index]
+        gpt, soft, targets = None, {}, x0.expand_as(xt).flatten()[index]
         streams = xt[None] if xt.ndim == 2 else torch.cat([x0[None], xt])
         if xt.ndim == 2 or c.context == "block":
             h = model.stream_trunk(streams, index)
         else:  # the rows of the clean stream first, for they have a loss too
             clean = torch.arange(x0.numel(), device=x0.device).view(x0.shape)[:, :-1].flatten()
-            h = model.stream_trunk(streams, torch.cat([clean, index + x0.numel()]))
+            h = model.stream_trunk(streams, torch.cat([clean, index + x0.numel()]), len(clean))
             clean, h = h.split([len(clean), len(index)])
-            clean = model.norm(clean)
-            gpt = head_nll(clean, head, x0[:, 1:].flatten())
+            clean = model.norm(clean.detach() if model.frozen else clean)
+            if torch.is_grad_enabled():  # evaluation is of the text
+                soft["gpt"] = clean.detach(), head
+                if self.teacher is not None:
+                    soft["teacher"] = next_token_rows(self.teacher, x0)
+            gpt = head_nll(clean, head, x0[:, 1:].flatten(), soft.get(self.gpt_target))
         if model.local is None:
             single = head_nll(model.norm(h), head, targets)
             return gpt, single, single
-        if self.joint_target == "gpt" and torch.is_grad_enabled():  # evaluation is of the text
-            # what predicts token i stands at i - 1; nothing for i = 0
+        teacher = soft.get(self.joint_target)
+        if teacher:  # what predicts token i stands at i - 1; nothing for i = 0
             row = index % x0.numel()
-            teacher = clean.detach()[(row - row // N - 1).clamp(min=0)]
+            teacher = teacher[0][(row - row // N - 1).clamp(min=0)], teacher[1]
         ready, nll = model.local.ready(h), []
         for inside, soft in ((xt, None), (x0.expand_as(xt), teacher)):
             left = left_tokens(x0, inside, c.block_size, c.local_window, c.mask_id)
@@ -135,6 +140,16 @@ class Score(nn.Module):
             nll.append(head_nll(model.norm(drawn), head, targets, soft))
         single, joint = nll
         return gpt, single, joint if teacher is None else torch.where(index % N > 0, joint, single)
+
+
+@torch.no_grad()
+def next_token_rows(model, x0):
+    """(h (B (N - 1), C), head (V, C)): softmax(h head^T) is what a model with a GPT level says of
+    tokens 1.. of each row of x0 (B, N)."""
+    c, ar = model.config, model.config.objective == "ar"
+    h = model.stream_trunk((ar_input(x0, c.mask_id) if ar else x0)[None])[0]
+    h = h[:, 1:] if ar else h[:, :-1]  # an AR model reads token i one position later
+    return model.norm(h.flatten(0, 1)), model.head_weight()
 
 
 @torch.no_grad()

@@ -80,11 +80,12 @@ class CascadeConfig:
     context: str = "causal"  # who sees whom in the clean stream; or "block"
     local_window: int = 4  # w, the left tokens that the local head sees; 0: no local head
     local_hidden: int = 0  # width of the local head; 0: twice n_embd
+    draft_rank: int = 0  # of what noisy positions add to the projections; 0: nothing
     objective: str = "diffusion"  # or "ar": the same network as a next-token GPT and nothing else
 
     def __post_init__(self):
         if self.objective == "ar":
-            self.block_size, self.context, self.local_window = 1, "causal", 0
+            self.block_size, self.context, self.local_window, self.draft_rank = 1, "causal", 0, 0
         self.local_hidden = self.local_hidden or 2 * self.n_embd
         self.n_kv_head = self.n_kv_head or self.n_head
         self.n_hidden = self.n_hidden or 32 * math.ceil(self.n_embd * 8 / 3 / 32)
@@ -102,6 +103,9 @@ class CascadeConfig:
             (self.context not in ("causal", "block"), "context must be causal or block"),
             (not 0 <= self.local_window <= self.seq_len,
              f"local_window must lie in 0..seq_len, not {self.local_window}"),
+            (self.draft_rank < 0, f"draft_rank must be 0 or more, not {self.draft_rank}"),
+            (self.draft_rank and self.context == "block",
+             "draft_rank is for drafts beside a GPT level: it needs context causal"),
         ):
             if wrong:
                 raise ValueError(what)
@@ -229,17 +233,34 @@ def rotary_tables(config):
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
+class Projection(nn.Linear):
+    """W x; of noisy positions W x + B A x, so that what drafts may differ from what reads text."""
+
+    def __init__(self, inputs, outputs, rank):
+        super().__init__(inputs, outputs, bias=False)
+        if rank:
+            self.draft_in = nn.Parameter(torch.empty(rank, inputs))  # A
+            self.draft_out = nn.Parameter(torch.empty(outputs, rank))  # B
+
+    def forward(self, x, noisy=None):
+        """noisy: None, True of all, or bool that spreads over x (..., inputs) -> (..., outputs)"""
+        y = super().forward(x)
+        if noisy is None:
+            return y
+        return y + F.linear(F.linear(x, self.draft_in) * noisy, self.draft_out)
+
+
 class BlockCausalAttention(nn.Module):
     """Projections, q/k norm and the rotary embedding, half-split layout; `attend` does the rest."""
 
     def __init__(self, config):
         super().__init__()
-        C, D = config.n_embd, config.head_dim
+        C, D, rank = config.n_embd, config.head_dim, config.draft_rank
         self.D = D
-        self.q = nn.Linear(C, config.n_head * D, bias=False)
-        self.k = nn.Linear(C, config.n_kv_head * D, bias=False)
-        self.v = nn.Linear(C, config.n_kv_head * D, bias=False)
-        self.o = nn.Linear(config.n_head * D, C, bias=False)
+        self.q = Projection(C, config.n_head * D, rank)
+        self.k = Projection(C, config.n_kv_head * D, rank)
+        self.v = Projection(C, config.n_kv_head * D, rank)
+        self.o = Projection(config.n_head * D, C, rank)
         if config.qk_norm:
             self.q_norm = RMSNorm(D, config.norm_eps)
             self.k_norm = RMSNorm(D, config.norm_eps)
@@ -251,14 +272,14 @@ class BlockCausalAttention(nn.Module):
         weight = getattr(self, norm).weight if hasattr(self, norm) else None
         return norm_rotate(x.unflatten(-1, (-1, self.D)), weight, self.eps, *rope)
 
-    def forward(self, h, rope, attend, skip=0):
+    def forward(self, h, rope, attend, noisy=None, skip=0):
         """h (..., N, C) -> (..., N, H * D), the input of the output projection `o`.
 
         `skip`: so many streams at the front give keys and values alone.
         """
-        q = self.turned(self.q(h[skip:] if skip else h), "q_norm", rope)
-        k = self.turned(self.k(h), "k_norm", rope)
-        v = self.v(h).unflatten(-1, (-1, self.D))
+        q = self.turned(self.q(h[skip:] if skip else h, noisy), "q_norm", rope)
+        k = self.turned(self.k(h, noisy), "k_norm", rope)
+        v = self.v(h, noisy).unflatten(-1, (-1, self.D))
         return attend(q, k, v).flatten(-2)
 
 
@@ -267,12 +288,12 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate = nn.Linear(config.n_embd, config.n_hidden, bias=False)
-        self.up = nn.Linear(config.n_embd, config.n_hidden, bias=False)
-        self.down = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+        C, hidden, rank = config.n_embd, config.n_hidden, config.draft_rank
+        self.gate, self.up = Projection(C, hidden, rank), Projection(C, hidden, rank)
+        self.down = Projection(hidden, C, rank)
 
-    def forward(self, x):
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+    def forward(self, x, noisy=None):
+        return self.down(F.silu(self.gate(x, noisy)) * self.up(x, noisy), noisy)
 
 
 class CascadeBlock(nn.Module):
@@ -285,18 +306,18 @@ class CascadeBlock(nn.Module):
         self.mlp_norm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, rope, attend, skip=0, index=None):
+    def forward(self, x, rope, attend, noisy=None, skip=0, index=None):
         """x (..., N, C) -> the same shape, or (M, C) of the rows that `index` names.
 
         After the attention of the last layer nothing else is needed than the rows with a loss, so
         the output projection and the MLP run on those alone.
         """
-        y = self.attn(self.attn_norm(x), rope, attend, skip)
+        y = self.attn(self.attn_norm(x), rope, attend, noisy, skip)
         x = x[skip:] if skip else x
         if index is not None:
             x, y = (t.flatten(0, -2).index_select(0, index) for t in (x, y))
-        x = x + self.attn.o(y)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attn.o(y, noisy)
+        return x + self.mlp(self.mlp_norm(x), noisy)
 
 
 class LocalHead(nn.Module):
@@ -353,13 +374,15 @@ class CascadeLM(nn.Module):
         if attention not in ("chunk", "flex", "flash"):
             raise ValueError(f"attention must be chunk, flex or flash, not {attention!r}")
         self.config = config
-        self.attention = attention
+        self.attention, self.frozen = attention, False
         self.embed = nn.Embedding(config.vocab_size + 1, config.n_embd)  # the last row is [MASK]
         self.blocks = nn.ModuleList(CascadeBlock(config) for _ in range(config.n_layer))
         self.local = LocalHead(config) if config.local_window else None
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.draft_rank:
+            self.draft_mask = nn.Parameter(torch.empty(config.n_embd))  # added to [MASK]
         cos, sin = rotary_tables(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -372,50 +395,65 @@ class CascadeLM(nn.Module):
         local.embed            N(0, 1): as large as norm(h), beside which it stands
         q, k, v, gate, up      U(-a, a) with a = sqrt(3 / fan_in) / 2: half of unit gain
         o, down                0: every layer, and the local head, starts as the identity
+        draft_in               as q; draft_out, draft_mask 0: what drafts starts as what reads text
         head                   0 (untied): the first loss is log V whatever the width
         norms                  1
         """
         for name, p in self.named_parameters():
-            leaf = name.split(".")[-2]
+            leaf = name.split(".")[-1 if "draft_" in name else -2]
             if leaf == "embed":
                 nn.init.normal_(p, std=1.0 if name.startswith("local") else 0.02)
-            elif leaf in ("q", "k", "v", "gate", "up"):
+            elif leaf in ("q", "k", "v", "gate", "up", "draft_in"):
                 a = 0.5 * math.sqrt(3 / p.shape[1])
                 nn.init.uniform_(p, -a, a)
-            elif leaf in ("o", "down", "head"):
+            elif leaf in ("o", "down", "head", "draft_out", "draft_mask"):
                 nn.init.zeros_(p)
             elif leaf.endswith("norm"):
                 nn.init.ones_(p)
             else:
                 raise AssertionError(f"no initialisation for {name}")
 
-    def trunk(self, tokens, positions, attend, skip=0, index=None):
+    def freeze(self):
+        """From here on only what drafts learns: the local head and what `draft_rank` adds. What the
+        GPT level uses has no gradient, and no optimizer may hold it."""
+        for name, p in self.named_parameters():
+            p.requires_grad = name.startswith("local.") or "draft_" in name
+        self.frozen = True
+
+    def trunk(self, tokens, positions, attend, skip=0, index=None, noisy=None):
         """The network from token ids to what the heads read: tokens (..., N) int64 -> (..., N, C).
 
         positions (N,) or (..., N) int64. attend(layer, q, k, v): attention of q (..., N, H, D) over
         the keys that it sees. In the last layer, `skip` leading streams are left out, and of the
-        others' tokens, laid end to end, only those at `index` (M,) come back, as (M, C).
+        others' tokens, laid end to end, only those at `index` (M,) come back, as (M, C). `noisy`:
+        what stands in a block that is being denoised; None, True for all, or (..., N, 1) bool.
         """
         rope = self.cos[positions], self.sin[positions]  # (..., N, 1, D)
         x = self.embed(tokens)
+        noisy = noisy if self.config.draft_rank else None
+        if noisy is not None:
+            x = x + (tokens == self.config.mask_id).unsqueeze(-1) * self.draft_mask
         for layer, block in enumerate(self.blocks):
             last = (skip, index) if layer == len(self.blocks) - 1 else ()
-            x = block(x, rope, partial(attend, layer), *last)
+            x = block(x, rope, partial(attend, layer), noisy, *last)
         return x
 
-    def stream_trunk(self, streams, index=None):
+    def stream_trunk(self, streams, index=None, own=0):
         """`trunk` over streams (1 + copies, B, N). With context="block" the clean one of several
-        has no loss, and `index` counts from the first noisy one."""
+        has no loss, and `index` counts from the first noisy one; else its first `own` entries are
+        of the clean stream. That is read by itself where the noisy ones have projections of their
+        own, or nothing in it learns: then without a graph."""
         (count, _, N), c, device = streams.shape, self.config, streams.device
         check_blocks(N, c.block_size)
         if N > c.seq_len:
             raise ValueError(f"{N} tokens exceed the model's context of {c.seq_len}")
         causal = c.context == "causal"
+        apart = count > 1 and causal and (self.frozen or c.draft_rank > 0)
         last = int(count > 1 and not causal)  # streams without queries in the last layer
         flex = self.attention != "chunk"
         make = flex_block_mask if flex else stream_parts
         how = {skip: make(N, c.block_size, count, skip, causal, str(device))
-               for skip in (0, last)}
+               for count, skip in (((1, 0), (count, 1)) if apart else ((count, 0), (count, last)))}
         path = flex_stream_attention if flex else chunked_attention
         if self.attention == "flash":
             path = partial(path, backend="FLASH")
@@ -423,7 +461,24 @@ class CascadeLM(nn.Module):
         def attend(layer, q, k, v):
             return path(q, k, v, how[len(k) - len(q)])
 
-        return self.trunk(streams, torch.arange(N, device=device), attend, last, index)
+        positions = torch.arange(N, device=device)
+        if not apart:
+            return self.trunk(streams, positions, attend, last, index)
+        text, (ours, theirs) = [], (None, None) if index is None else (
+            index[:own], index[own:] - streams[0].numel())
+
+        def read(layer, *qkv):
+            text.append(qkv[1:])
+            return attend(layer, *qkv)
+
+        def beside(layer, q, k, v):
+            k, v = (torch.cat(pair) for pair in zip(text[layer], (k, v), strict=True))
+            return attend(layer, q, k, v)
+
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            clean = self.trunk(streams[:1], positions, read, index=ours)
+        noisy = self.trunk(streams[1:], positions, beside, index=theirs, noisy=True)
+        return torch.cat([clean, noisy])
 
     def head_weight(self):
         """(V, C), a row for each real token: [MASK] has none."""

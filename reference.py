@@ -182,26 +182,40 @@ def context_rule(config):
     return causal_rule if config.context == "causal" else block_causal_rule(config.block_size)
 
 
-def reference_trunk(state_dict, config, tokens, visible):
+def reference_trunk(state_dict, config, tokens, visible, noisy=None):
     """What the heads read, of one stream: tokens (B, N), real or mask -> float64 (B, N, C).
 
         x_i = embed[tokens_i]
         x = x + o(attention(q, k, v))           q, k, v from  h = rms_norm(x)
         x = x + down(silu(gate(h)) * up(h))     with          h = rms_norm(x)     per layer
 
-    Differentiable in the tensors of state_dict.
+    With config.draft_rank, at the positions where noisy (N,) is True: each projection W z is
+    W z + B (A z), and [MASK] has the embedding embed + draft_mask. Differentiable in the tensors of
+    state_dict.
     """
     weight = {name: exact(t) for name, t in state_dict.items()}
     H, Hkv, eps = config.n_head, config.n_kv_head, config.norm_eps
     D = config.head_dim
 
+    drafts = config.draft_rank and noisy is not None
     x = weight["embed.weight"][tokens.cpu()]  # (B, N, C)
+    if drafts:
+        masked = (tokens.cpu() == config.vocab_size) & noisy
+        x = x + masked.double().unsqueeze(-1) * weight["draft_mask"]
     for layer in range(config.n_layer):
         prefix = f"blocks.{layer}."  # "blocks.0.attn.q.weight" becomes w["attn.q"]
-        w = {n[len(prefix) : -len(".weight")]: t for n, t in weight.items() if n.startswith(prefix)}
+        w = {n.removeprefix(prefix).removesuffix(".weight"): t for n, t in weight.items()
+             if n.startswith(prefix)}
+
+        def project(name, z, w=w):
+            y = z @ w[name].T
+            if drafts:
+                change = z @ w[f"{name}.draft_in"].T @ w[f"{name}.draft_out"].T
+                y = y + noisy.double().unsqueeze(-1) * change
+            return y
 
         h = rms_norm(x, w["attn_norm"], eps)
-        q, k, v = h @ w["attn.q"].T, h @ w["attn.k"].T, h @ w["attn.v"].T
+        q, k, v = project("attn.q", h), project("attn.k", h), project("attn.v", h)
         heads = []
         for head in range(H):
             group = head // (H // Hkv)  # neighbouring query heads share one key/value head
@@ -212,10 +226,11 @@ def reference_trunk(state_dict, config, tokens, visible):
                 qh, kh = rms_norm(qh, w["attn.q_norm"], eps), rms_norm(kh, w["attn.k_norm"], eps)
             qh, kh = rotate(qh, config.rope_base), rotate(kh, config.rope_base)
             heads.append(reference_attention(qh, kh, vh, visible))
-        x = x + torch.cat(heads, dim=-1) @ w["attn.o"].T  # (B, N, H*D) -> (B, N, C)
+        x = x + project("attn.o", torch.cat(heads, dim=-1))  # (B, N, H*D) -> (B, N, C)
 
         h = rms_norm(x, w["mlp_norm"], eps)
-        x = x + swiglu(h, w["mlp.gate"], w["mlp.up"], w["mlp.down"])
+        gate = project("mlp.gate", h)
+        x = x + project("mlp.down", gate * torch.sigmoid(gate) * project("mlp.up", h))
     return x
 
 
@@ -278,7 +293,8 @@ def reference_block_logits(state_dict, config, x0, xt, joint=False):
     logits = []
     for lo in range(0, N, S):
         tokens = torch.cat([x0[:, :lo], xt[:, lo : lo + S]], dim=1)  # (B, (b + 1) * S)
-        x = reference_trunk(state_dict, config, tokens, draft_rule(lo, context_rule(config)))
+        rule, noisy = draft_rule(lo, context_rule(config)), torch.arange(lo + S) >= lo
+        x = reference_trunk(state_dict, config, tokens, rule, noisy)
         for i in range(lo, lo + S):
             h = x[:, i]
             if config.local_window:

@@ -241,17 +241,19 @@ class BlockCache:
 
 
 @torch.inference_mode()
-def read(model, tokens, cache, visible=None, offsets=None, stay=0):
+def read(model, tokens, cache, visible=None, offsets=None, stay=0, noisy=None):
     """One cached forward pass over new tokens (B, Q) behind those in `cache`: (B, Q, C).
 
     visible (Q, Q) bool: which of the new tokens each of them sees, besides all that is cached;
     None: all. offsets (Q,): their positions behind the cached text; None: in order. The keys of the
-    first `stay` tokens, an int or (B,) int64, remain in the cache.
+    first `stay` tokens, an int or (B,) int64, remain in the cache. noisy (Q,) bool: what
+    stands in a block that is being denoised; None: the [MASK]s.
     """
     Q = tokens.shape[1]
     offsets = torch.arange(Q, device=tokens.device) if offsets is None else offsets
     positions = (cache.length[:, None] + offsets).clamp(max=model.config.seq_len - 1)
-    h = model.trunk(tokens, positions, cache.attend(Q, visible))
+    noisy = (tokens == model.config.mask_id if noisy is None else noisy).unsqueeze(-1)
+    h = model.trunk(tokens, positions, cache.attend(Q, visible), noisy=noisy)
     cache.length = cache.length + stay
     return h
 
@@ -379,14 +381,14 @@ class Writer:
         before = before.masked_fill(index < self.base[:, None], self.c.mask_id)
         return torch.cat([before, block], dim=1)
 
-    def read(self, tokens, visible=None, offsets=None, stay=0):
+    def read(self, tokens, visible=None, offsets=None, stay=0, noisy=None):
         """`read` with these rows' cache, counted; rows that are done keep what they have."""
         self.nfe += 1
         if self.front:  # the first slot of every window holds [MASK]
             first = (self.cache.length == 0)[:, None] & (self.ranks[: tokens.shape[1]] == 0)
             tokens = tokens.masked_fill(first, self.c.mask_id)
         stay = torch.where(self.done, 0, stay)
-        return read(self.model, tokens, self.cache, visible, offsets, stay)
+        return read(self.model, tokens, self.cache, visible, offsets, stay, noisy)
 
     def prepare(self, end, room, carry=0):
         """Bring the tokens before end (B,) of each living row into the cache, with space in the
@@ -513,7 +515,8 @@ def write_blocks(w):
         masked = block == mask_id
         while bool(masked.any()):
             tokens = torch.cat([w.at(start - carry, carry), block], dim=1)
-            h = w.read(tokens, both if carry else None, stay=carry)[:, carry:]
+            noisy = w.ranks[: carry + S] >= carry
+            h = w.read(tokens, both if carry else None, stay=carry, noisy=noisy)[:, carry:]
             carry, new = 0, masked  # the last pass reveals what is left, by every rule
             if passes_left > 1:
                 quota = -(-masked.sum(dim=1) // passes_left)

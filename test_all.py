@@ -42,6 +42,7 @@ import train
 from eval import Score
 from tests.common import (
     CONTEXTS,
+    DRAFTS,
     SHAPES,
     TINY,
     Skip,
@@ -394,10 +395,15 @@ def test_attention_half_precision():
 
 def test_model_equals_slow_model():
     """Logits of one stream and of all, every term of the loss and every gradient, for both
-    contexts: heads, rotary, groups, ties, local windows, single and joint."""
+    contexts: heads, rotary, groups, ties, local windows, single and joint; with projections of
+    their own for noisy positions, and frozen: there only what drafts has a gradient."""
     worst = {"logits": 0.0, "loss": 0.0, "grad": 0.0}
-    for shape, context in itertools.product(SHAPES, CONTEXTS):
-        net = tiny_model(**shape, context=context)
+    drafts = ((DRAFTS | {"frozen": frozen}, "causal") for frozen in (False, True))
+    for shape, context in (*itertools.product(SHAPES, CONTEXTS), *drafts):
+        frozen = shape.get("frozen")
+        net = tiny_model(**{k: v for k, v in shape.items() if k != "frozen"}, context=context)
+        if frozen:
+            net.freeze()
         x0 = tokens_for(net)
         noisy, index = noisy_for(net, x0)
         state = {k: v.detach().clone().requires_grad_() for k, v in net.state_dict().items()}
@@ -415,7 +421,10 @@ def test_model_equals_slow_model():
         sum(fast.values()).backward()
         sum(slow.values()).backward()
         for name, p in net.named_parameters():
-            worst["grad"] = max(worst["grad"], diff(p.grad, state[name].grad))
+            learns = not frozen or "draft_" in name or name.startswith("local.")
+            assert (p.grad is not None) == learns, f"frozen {frozen}: the gradient of {name}"
+            if learns:
+                worst["grad"] = max(worst["grad"], diff(p.grad, state[name].grad))
     assert worst["loss"] < 2e-6 and worst["grad"] < 2e-5, worst
     return within(worst["logits"], 2e-6, f"grad {worst['grad']:.1g}; logits max|diff|")
 
@@ -436,8 +445,8 @@ def test_no_leak():
     """Bitwise: changing block j moves no earlier logit; changing the clean copy of b moves no noisy
     b; noisy blocks and copies do not reach each other; with a causal context no token sees the next
     one; no position sees itself, masked, through the local head."""
-    for context in CONTEXTS:
-        net = tiny_model(context=context, local_window=4)
+    for context, rank in (*((context, 0) for context in CONTEXTS), ("causal", 2)):
+        net = tiny_model(context=context, local_window=4, draft_rank=rank)
         causal, x0 = context == "causal", tokens_for(net)
         xt = noisy_for(net, x0, copies=2)[0].xt
         logits, both = net(x0), masked_logits(net, x0, xt)
@@ -524,6 +533,20 @@ def test_joint_target():
     want = -(teacher * logp).sum(-1).flatten()[index]
     first = index % 12 == 0
     assert first.any() and diff(joint[first], single[first]) == 0
+    for other in (tiny_model(9, seq_len=15, n_embd=16), tiny_model(9, objective="ar")):
+        x = torch.cat([torch.full_like(x0[:, :1], 11), x0[:, :-1]], dim=1)
+        p = other(x)[:, 1:] if other.config.objective == "ar" else other(x0)[:, :-1]
+        p, how = p.softmax(-1).detach(), ("teacher", "teacher", other)
+        gpt, first_token, taught = Score(net, *how)(x0, noisy.xt, index)
+        logp_gpt = net(x0)[:, :-1].log_softmax(-1)
+        assert diff(gpt, -(p * logp_gpt).sum(-1).flatten()) < 5e-6
+        want_taught = -(F.pad(p, (0, 0, 1, 0)) * logp).sum(-1).flatten()[index]
+        want_taught = torch.where(index % 12 == 0, first_token, want_taught)
+        assert diff(taught, want_taught) < 5e-6
+        with torch.no_grad():
+            pairs = zip(Score(net, *how)(x0, noisy.xt, index), Score(net)(x0, noisy.xt, index),
+                        strict=True)
+            assert all(diff(*pair) == 0 for pair in pairs), "evaluation is not of the text"
     with torch.no_grad():  # as in evaluation, whose figures are likelihoods of the text
         text = Score(net)(x0, noisy.xt, index)[2]
         assert diff(Score(net, "gpt")(x0, noisy.xt, index)[2], text) == 0 < diff(joint, text)
@@ -678,23 +701,28 @@ def test_train_flops():
     from torch.utils.flop_counter import FlopCounterMode
 
     worst = 0.0
-    for copies, shape in (
-        (1, {"context": "block", "local_window": 0}), (2, {"context": "block"}), (1, {}),
-        (2, {"n_kv_head": 2, "local_window": 3, "head_dim": 12}), (1, {"objective": "ar"}),
+    for copies, frozen, shape in (
+        (1, 0, {"context": "block", "local_window": 0}), (2, 0, {"context": "block"}), (1, 0, {}),
+        (2, 0, {"n_kv_head": 2, "local_window": 3, "head_dim": 12}), (1, 0, {"objective": "ar"}),
+        (2, 0, {"n_kv_head": 2, "draft_rank": 2}), (2, 1, {"n_kv_head": 2, "draft_rank": 2}),
+        (2, 1, {"head_dim": 12, "draft_rank": 2}),
+        (1, 1, {}), (1, 1, {"draft_rank": 3, "local_window": 0}),
     ):
         net = tiny_model(seq_len=64, **{"block_size": 8, "n_layer": 3, **shape})
+        if frozen:
+            net.freeze()
         c, x0, masked = net.config, tokens_for(net, batch=4), 0
         with FlopCounterMode(display=False) as counter:
             if c.objective == "ar":
-                every = torch.arange(x0.numel())
-                Score(net)(x0, x0, every)[1].sum().backward()
+                index = torch.arange(x0.numel())
+                Score(net)(x0, x0, index)[1].sum().backward()
             else:
                 noisy, index = noisy_for(net, x0, copies=copies)
                 sum(terms_of(net, x0, noisy, index).values()).backward()
-                masked = len(index)
+            masked = len(index)
         counts = counter.get_flop_counts()["Global"]
         products = sum(n for op, n in counts.items() if "attention" not in str(op))
-        mine = machine.train_flops(c, 4, masked, copies, attention=False)
+        mine = machine.train_flops(c, 4, masked, copies, attention=False, frozen=frozen)
         worst = max(worst, abs(mine - products) / products)
     return within(worst, 1e-9, "matrix products, relative difference")
 
@@ -785,7 +813,8 @@ def test_loss_in_pieces():
     g, worst = generator(), 0.0
     h, head = torch.randn(50, 16, generator=g), torch.randn(40, 16, generator=g)
     targets, weight = torch.randint(40, (50,), generator=g), torch.rand(50, generator=g)
-    for teacher in (None, torch.randn(50, 16, generator=g)):
+    other = torch.randn(50, 24, generator=g), torch.randn(40, 24, generator=g)
+    for teacher in (None, (h, head), other):
         found = []
         for most in (2**25, 40 * 50 - 1, 40 * 7, 1):  # all at once; 49 rows and 1; 7 a time; 1
             ins = [h.clone().requires_grad_(), head.clone().requires_grad_()]
@@ -797,7 +826,7 @@ def test_loss_in_pieces():
         loss = corrupt.masked_diffusion_loss(logits, targets, weight, 7).item()
         by_hand = (F.cross_entropy(logits, targets, reduction="none") * weight).sum().item() / 7
         assert abs(loss - by_hand) < 1e-5
-    assert diff(found[0][0], F.cross_entropy(logits, (teacher @ head.T).softmax(-1),
+    assert diff(found[0][0], F.cross_entropy(logits, (teacher[0] @ teacher[1].T).softmax(-1),
                                              reduction="none")) < 1e-5
     return within(worst, 1e-5)
 
@@ -1151,6 +1180,117 @@ def test_resume_is_bitwise():
     return "0 bits of difference after stopping at step 11 of 20; 9 other settings refused"
 
 
+def started(folder, halt=None, **settings):
+    """train_tiny of a run for which the user chose `settings`, and no shape but in them; its
+    `first` weights. Stopped before step `halt` and resumed, if that is given."""
+    class Started(train.Run):
+        def __init__(self, s, processes):
+            super().__init__(s, processes, {*settings})
+            self.first = {k: v.clone() for k, v in self.model.state_dict().items()}
+
+        def train_step(self, progress):
+            if self.step == halt and self.s.init_from != "resume":
+                os.kill(os.getpid(), 2)  # SIGINT: the loop finishes this step and saves
+            return super().train_step(progress)
+
+    run, said = train_tiny(folder, Started, **settings)
+    if halt is None:
+        return run, said
+    assert run.step == halt + 1, run.step
+    return started(folder, **{**settings, "init_from": "resume"})
+
+
+def test_start_from_another_run():
+    """--init_from=DIR: shape and weights are that run's, bit for bit; what is given anew starts as
+    nothing, so the first loss is that run's; an AR baseline becomes a cascade, its tokens' NLL what
+    it was behind the same text; it resumes bit for bit."""
+    with data_folder() as folder:
+        s = {"max_steps": 3, "tie_embeddings": True, "n_embd": 24, "block_size": 8}
+        a, _ = train_tiny(folder, **s, out_dir=f"{folder}/a")
+        first = {"max_steps": 4, "out_dir": f"{folder}/b", "init_from": f"{folder}/a"}
+        for more, words, same in (
+            ({}, "nothing is new", ""), ({"draft_rank": 2}, "new draft_rank", "draft_"),
+            ({"block_size": 4, "local_window": 3}, "new local head", "local."),
+            ({"local_window": 0}, "without its local head", "local."),
+            ({"seq_len": 32}, "nothing is new", ""),
+        ):
+            b, said = started(folder, **first, **more)
+            assert f"start      the weights of {folder}/a; {words}" in said, said
+            assert b.config.n_embd == 24 and b.config.tie_embeddings and b.step == 4
+            before = checkpoint.load_checkpoint(folder / "a/last.pt")["model"]
+            for name, value in b.first.items():
+                if not same or same not in name:
+                    assert (value == before[name]).all(), (more, name)
+            if same and "new" in words:
+                new = {k: v for k, v in b.first.items() if same in k}
+                start = ("local.down.weight",) if same == "local." else (
+                    k for k in new if "out" in k or "mask" in k)
+                assert new and all((new[k] == 0).all() for k in start), more
+        longer = {**first, "max_steps": 8, "draft_rank": 2}
+        whole, _ = started(folder, **longer)
+        rest, _ = started(folder, 5, **{**longer, "out_dir": f"{folder}/c"})
+        assert rest.step == 8 and (weights(whole) == weights(rest)).all(), "resume"
+        ar, _ = train_tiny(folder, max_steps=3, objective="ar", out_dir=f"{folder}/ar")
+        net, _ = started(folder, **{**first, "init_from": f"{folder}/ar", "max_steps": 1,
+                                    "learning_rate": 0, "muon_lr": 0, "weight_decay": 0})
+        assert net.config.objective == "diffusion" and net.config.local_window == 2
+        x0 = tokens_for(net.model)
+        assert diff(net.model(x0), ar.model(x0)) == 0
+        refuses(lambda: train_tiny(folder, **{**first, "n_embd": 16}), "has n_embd 24", "out")
+        write_dataset(folder / "more", "abcdefg\n" * 400, "\nabcdefg")
+        refuses(lambda: started(folder, **first, dataset=f"{folder}/more"), "another vocabulary")
+    return "5 starts, weights bitwise; resumed with 0 bits of difference; 2 refused"
+
+
+def test_training_drafts_alone():
+    """--train=draft, 50 steps by Muon and by AdamW, in float32 and bf16: the GPT level's logits and
+    weights have not changed by a bit, all of what drafts has, and the block level is better; no
+    optimizer holds a frozen weight; it resumes bit for bit."""
+    gains = []
+    with data_folder() as folder:
+        source, _ = train_tiny(folder, max_steps=30, tie_embeddings=True, out_dir=f"{folder}/a")
+        before, x0 = source.model.state_dict(), tokens_for(source.model)
+        for how in itertools.product(("muon", "adamw"), ("float32", "bfloat16")):
+            s = {"train": "draft", "init_from": f"{folder}/a", "draft_rank": 2, "max_steps": 50,
+                 "optimizer": how[0], "dtype": how[1], "joint_target": "gpt",
+                 "out_dir": f"{folder}/{'-'.join(how)}"}
+            run, said = started(folder, **s)
+            assert "of which 2,560 learn" in said, said
+            held = {id(p) for o in run.optimizers for g in o.param_groups for p in g["params"]}
+            for name, p in run.model.named_parameters():
+                drafts = name.startswith("local.") or "draft_" in name
+                same = name in before and bool((p == before[name]).all())
+                assert same != drafts and (id(p) in held) == drafts, (how, name)
+            with torch.no_grad(), machine.autocast(run.s):
+                assert (run.model(x0) == source.model(x0)).all(), how
+            gains.append(source.final["joint"][0] - run.final["joint"][0])
+        rest, _ = started(folder, 25, **{**s, "out_dir": f"{folder}/part"})
+        assert rest.step == 50 and (weights(run) == weights(rest)).all(), "resume"
+    assert min(gains) > 0, gains
+    return f"logits 0 bits apart; one pass a block better by {min(gains):.3f} nats, allowed 0"
+
+
+def test_teacher_of_a_run():
+    """--teacher=DIR of another shape: no part of the checkpoint; a resumed run needs the very same,
+    wherever it lies, and then has not a bit of difference."""
+    with data_folder() as folder:
+        for name in ("t", "u"):
+            train_tiny(folder, max_steps=2, n_embd=24, seq_len=32, out_dir=f"{folder}/{name}",
+                       seed=ord(name))
+        s = {"teacher": f"{folder}/t", "joint_target": "teacher", "gpt_target": "teacher",
+             "max_steps": 6, "n_layer": 1}
+        plain, _ = train_tiny(folder, max_steps=6, n_layer=1, out_dir=f"{folder}/plain")
+        whole, _ = started(folder, **s, out_dir=f"{folder}/whole")
+        assert plain.model.state_dict().keys() == whole.model.state_dict().keys()
+        assert (weights(plain) != weights(whole)).any()
+        again = {**s, "out_dir": f"{folder}/whole", "init_from": "resume"}
+        refuses(lambda: started(folder, **again | {"teacher": f"{folder}/u"}), "teacher_digest")
+        (folder / "t").rename(folder / "v")
+        rest, _ = started(folder, 3, **{**s, "out_dir": f"{folder}/b", "teacher": f"{folder}/v"})
+        assert rest.step == 6 and (weights(whole) == weights(rest)).all()
+    return "resumed with 0 bits of difference; another teacher refused"
+
+
 def test_two_processes():
     """50 steps on 1 process, with 4 micro-batches, and on 2 by torchrun: one loss, one bound; a
     batch that the processes cannot share is raised, and says so."""
@@ -1231,7 +1371,7 @@ def random_prompts(net, *lengths):
 
 
 @torch.no_grad()
-def uncached(net, text, new, visible, offsets):
+def uncached(net, text, new, visible, offsets, noisy=None):
     """(Q, C): what the trunk makes of new tokens (Q,) behind finished text (n,), in one pass
     without a cache, under one dense mask."""
     n, c = len(text), net.config
@@ -1247,7 +1387,8 @@ def uncached(net, text, new, visible, offsets):
         y = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1])
         return y.transpose(1, 2)
 
-    return net.trunk(torch.cat([text, new])[None], positions, attend)[0, n:]
+    noisy = F.pad(new == c.mask_id if noisy is None else noisy, (n, 0)).unsqueeze(-1)
+    return net.trunk(torch.cat([text, new])[None], positions, attend, noisy=noisy)[0, n:]
 
 
 class Passes(list):
@@ -1260,9 +1401,9 @@ class Passes(list):
     def __enter__(self):
         self.read, passes = sample.Writer.read, self
 
-        def checked(w, tokens, visible=None, offsets=None, stay=0):
+        def checked(w, tokens, visible=None, offsets=None, stay=0, noisy=None):
             length, base, done = w.cache.length.clone(), w.base.clone(), w.done.clone()
-            h = passes.read(w, tokens, visible, offsets, stay)
+            h = passes.read(w, tokens, visible, offsets, stay, noisy)
             Q = tokens.shape[1]
             seen = torch.ones(Q, Q, dtype=torch.bool) if visible is None else visible
             steps = torch.arange(Q) if offsets is None else offsets
@@ -1275,7 +1416,7 @@ class Passes(list):
                 if w.front:
                     (text if len(text) else new)[0] = w.c.mask_id
                 assert (text[w.front :] < w.c.mask_id).all(), "a mask was read as finished text"
-                want = uncached(w.model, text, new, seen, steps)[: used[r]]
+                want = uncached(w.model, text, new, seen, steps, noisy)[: used[r]]
                 passes.worst = max(passes.worst, diff(h[r, : used[r]], want))
             passes.slides += bool((length == 0).any() and base.any())
             passes.append(SimpleNamespace(tokens=tokens, h=h, base=base, length=length, w=w))
@@ -1301,6 +1442,7 @@ def test_cache_equals_uncached():
         ({**GQA, "seq_len": 4}, "block", (0, 0), 14),
         ({**BLOCK, "seq_len": 8}, "block", (3, 0), 21),
         (GQA, "gpt", (0, 3, 31, 40), 50), (GQA, "verify", (0, 3, 31, 40), 50),
+        *(({**GQA, "draft_rank": 2}, mode, (0, 7, 26), 30) for mode in ("block", "verify")),
         (MHA, "verify", (5,), 60), ({**GQA, "block_size": 8}, "verify", (9, 0), 40),
         ({**GQA, "seq_len": 4}, "verify", (2, 0), 14), (AR, "gpt", (0, 3, 11, 31), 40),
         ({**AR, "seq_len": 1}, "gpt", (0, 2), 4),
@@ -1452,8 +1594,8 @@ def block_distribution(net, prompt, rule, steps, tau=0.9, gamma=0.5):
     @functools.cache
     def trunk(state):
         tokens = torch.tensor([[*prompt[:cut], *state]])
-        visible = reference.draft_rule(cut, rule_before)
-        return reference.reference_trunk(state_dict, c, tokens, visible)[0, cut:]
+        visible, noisy = reference.draft_rule(cut, rule_before), torch.arange(cut + S) >= cut
+        return reference.reference_trunk(state_dict, c, tokens, visible, noisy)[0, cut:]
 
     @functools.cache
     def probabilities(state, i, shown):
@@ -1537,6 +1679,7 @@ def test_sampler_draws_the_distribution():
         (joint, "left_to_right", 1, [2, 0, 1, 1], 10, {}), (joint, "random", 2, [2, 0], 5, {}),
         (joint, "left_to_right", 2, [1], 5, {}), (joint, "confidence", 2, [2], 5, {}),
         ({**joint, "context": "block"}, "left_to_right", 1, [2, 0, 1, 1], 5, {}),
+        ({**joint, "draft_rank": 2}, "left_to_right", 2, [1], 5, {}),
     )
     for shape, rule, steps, start, seeds, knobs in cases:
         net = tiny_model(**shape)
@@ -1581,6 +1724,7 @@ def test_verify_draws_the_gpts_distribution():
         ("few", {}, {"branches": 1, "drafts": 1}, {}), ("wrong", {}, {"drafter": Wrong()}, {}),
         ("wrong top_p", {}, {"drafter": Wrong()}, {"top_p": 0.7, "temperature": 2.0}),
         ("slide", {"seq_len": 6}, {}, {}), ("ar", {"objective": "ar"}, {}, {}),
+        ("draft_rank", {"draft_rank": 2}, {"branches": 3}, {}),
     ):
         net, slide = tiny_model(**{**SMALL, "local_window": 2, **shape}), name == "slide"
         prompt = [2, 0, 1, 1] if slide else [2, 0, 1]

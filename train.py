@@ -5,6 +5,8 @@
     python train.py --objective=ar --block_size=1 --out_dir=out/ar      the same network as a GPT
     torchrun --nproc_per_node=8 train.py                 the same batches and noise, shared out
     python train.py config/nano.py --init_from=resume    go on from out_dir/last.pt
+    python train.py --init_from=out/nano --train=draft --draft_rank=16 --out_dir=out/draft
+                                                         keep its GPT level, learn to draft
     python train.py --init_from=hf:DIR --dataset=mine    from the weights of a Llama or Qwen3
 
 Batches and noise are pure functions of (seed, step), drawn for the whole global batch and then
@@ -17,7 +19,7 @@ import shlex
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -42,9 +44,19 @@ from model import CascadeConfig, CascadeLM
 from sample import DEFAULTS as SAMPLE
 from sample import generate_stream
 from util import hf
-from util.checkpoint import all_finite, check_out_dir, check_same, load_checkpoint, save_checkpoint
+from util.checkpoint import (
+    all_finite,
+    check_out_dir,
+    check_same,
+    load_checkpoint,
+    load_model,
+    load_source,
+    save_checkpoint,
+    take_over,
+)
 from util.dataset import Prefetch, load_or_prepare
 from util.display import printable
+from util.judge import check_vocabulary
 from util.log import Log, Silent
 from util.machine import (
     Processes,
@@ -63,7 +75,9 @@ _gpu = torch.cuda.is_available()  # the defaults are the nano for this machine
 # where
 out_dir = "out/nano"
 dataset = "shakespeare"  # a folder of data/, prepared by its prepare.py
-init_from = "scratch"  # or "resume": go on from out_dir/last.pt; or "hf:DIR", a folder of weights
+init_from = "scratch"  # or "resume": go on from out_dir/last.pt; or another run's folder or hf:DIR,
+# whose weights a new run starts from, and whose shape it has where none is given
+train = "all"  # or "draft": only what drafts, so that the GPT level stays what it was, bit for bit
 overwrite = False  # allow a fresh run to replace the one in out_dir, with its first checkpoint
 any_data = False  # allow a run to be resumed on other data than it began with
 seed = 1337
@@ -81,10 +95,13 @@ qk_norm = True
 context = "causal"  # the clean stream is a GPT; or "block", as in BD3-LM
 local_window = 4  # w, left tokens that the local head sees; 0: no local head
 local_hidden = 0  # width of the local head; 0: twice n_embd
+draft_rank = 0  # of what noisy positions add to the projections, for --train=draft; 0: nothing
 # the loss: bound + gpt_weight * next-token NLL + joint_weight * NLL of joint passes
 gpt_weight = 3.0
 joint_weight = 2.0
 joint_target = "text"  # or "gpt": the distribution of the GPT level, not differentiated
+gpt_target = "text"  # this one's and joint_target may be "teacher" as well:
+teacher = ""  # a run of this vocabulary whose GPT level, or AR baseline, is to be imitated
 # the noise
 corruption = "all"  # all blocks of a sequence; or "target", one block of each
 noise = "tilted"  # or "balanced", "uniform", "clipped": corrupt.py
@@ -127,7 +144,8 @@ DEFAULTS = public(dict(globals()))
 
 CHOICES = {
     "noise": tuple(SCHEDULES), "weighting": WEIGHTINGS, "corruption": ("all", "target"),
-    "joint_target": ("text", "gpt"), "copies": (1, 2),
+    "joint_target": ("text", "gpt", "teacher"), "gpt_target": ("text", "teacher"),
+    "copies": (1, 2), "train": ("all", "draft"),
     "optimizer": ("muon", "adamw"), "attention": ("auto", "chunk", "flex", "flash"),
 }
 AT_LEAST = {1: "batch_size log_every eval_every eval_windows final_windows",
@@ -135,23 +153,6 @@ AT_LEAST = {1: "batch_size log_every eval_every eval_windows final_windows",
                "warmup_steps max_steps max_minutes gpt_weight joint_weight full_share"}
 RANGES = {name: (low, math.inf) for low, names in AT_LEAST.items() for name in names.split()}
 RANGES |= {"beta1": (0, 1 - 1e-9), "beta2": (0, 1 - 1e-9), "seed": (0, 2**63 - 1)}
-
-
-def inherit(s):
-    """Replace the shape in `s` by that of the weights it starts from: of --init_from=hf:DIR, here
-    and where such a run is resumed. Returns lines that say so."""
-    if s.init_from.startswith("hf:"):
-        shape, name = hf.read_config(s.init_from[3:], s.seq_len)
-        vars(s).update(shape)
-        return [f"weights    {s.init_from}, a {name}: its layers, heads and widths replace the "
-                "settings'"]
-    if s.init_from not in ("scratch", "resume"):
-        raise SettingsError(f"--init_from must be scratch, resume or hf:DIR, not {s.init_from!r}")
-    if s.init_from == "resume" and (last := Path(s.out_dir, "last.pt")).is_file():
-        saved = load_checkpoint(last)["settings"]
-        if "rope_base" in saved:  # no setting has this name: it came from a folder
-            vars(s).update({name: saved.get(name) for name in hf.SHAPE})
-    return []
 
 
 def resolve(s, processes):
@@ -170,11 +171,22 @@ def resolve(s, processes):
         s.batch_size = raised
     if s.objective == "ar":
         s.block_size, s.context, s.local_window, s.corruption = 1, "causal", 0, "all"
+        s.draft_rank = 0
     if not s.local_window:
         s.full_share = 0.0
         s.joint_target = "text"
-    if s.joint_target == "gpt" and s.context == "block":
-        raise SettingsError("--joint_target=gpt needs a GPT level: set --context=causal")
+    soft = {s.joint_target, s.gpt_target} - {"text"}
+    for what, asked in (("train=draft", s.train == "draft"), ("draft_rank", s.draft_rank),
+                        (f"joint_target={s.joint_target}", soft)):
+        if asked and (s.context == "block" or s.objective == "ar"):
+            raise SettingsError(f"--{what} needs a GPT level beside blocks: set --context=causal "
+                                "and --objective=diffusion")
+    if bool(s.teacher) != ("teacher" in soft):
+        raise SettingsError("--teacher=DIR goes with --joint_target=teacher or "
+                            "--gpt_target=teacher: give both")
+    if s.train == "draft" and (s.init_from == "scratch" or not (s.draft_rank or s.local_window)):
+        raise SettingsError("--train=draft keeps a GPT level and trains what drafts: it needs "
+                            "--init_from=DIR, and --draft_rank or --local_window")
     rates(s).check(s.noise)
     if s.corruption == "target" or s.block_size == 1:
         s.copies = 1  # of a block of one token the second copy would repeat the first
@@ -237,25 +249,33 @@ def in_training(compiled, eager, *args):
 class Run:
     """One training run: what must survive a restart, and the steps that change it."""
 
-    def __init__(self, s, processes):
+    def __init__(self, s, processes, given=DEFAULTS):
+        """`given`: the names of the settings that the user chose; others a source may set."""
         self.s, self.processes = s, processes
+        source, weights, meta = load_source(s)
+        vars(s).update((k, v) for k, v in source.items() if k in DEFAULTS and k not in given)
         asked = dict(vars(s))  # before "auto" is resolved
-        lines = inherit(s) + resolve(s, processes)
+        lines = resolve(s, processes)
         processes.open(s.device)
         self.data = load_or_prepare(s.dataset, s.seq_len, processes)
-        shape = {f.name: getattr(s, f.name) for f in fields(CascadeConfig) if hasattr(s, f.name)}
-        self.config = CascadeConfig(**{"vocab_size": self.data.vocab_size, **shape})
-        given = {}
         if s.init_from.startswith("hf:"):
-            hf.check_tokens(s.init_from[3:], s.vocab_size, self.data.meta)
-            given = hf.read_weights(s.init_from[3:], self.config)
-        processes.lock = processes.main_first(lambda: check_out_dir(s))
+            hf.check_tokens(s.init_from[3:], source["vocab_size"], self.data.meta)
+        elif weights:
+            check_vocabulary(meta, self.data.meta, f"--dataset={s.dataset}")
+        names = CascadeConfig.__dataclass_fields__
+        shape = source | {k: v for k, v in vars(s).items() if k in names}
+        self.config = CascadeConfig(**shape | {"vocab_size": self.data.vocab_size})
         torch.manual_seed(s.seed)
         torch.set_float32_matmul_precision("high")
         keep_memory()
         self.model = CascadeLM(self.config, s.attention)
-        self.model.load_state_dict(self.model.state_dict() | given)
-        self.score = Score(self.model, s.joint_target)
+        if weights:
+            lines.append(take_over(self.model, source, weights, s.init_from))
+        if s.train == "draft":
+            self.model.freeze()
+        teacher = self.load_teacher() if s.teacher else None
+        processes.lock = processes.main_first(lambda: check_out_dir(s))
+        self.score = Score(self.model, s.joint_target, s.gpt_target, teacher)
         if s.shard:
             shard_model(self.score, s.device, processes.world)
         self.score.to(s.device)
@@ -287,12 +307,26 @@ class Run:
         if processes.main:
             print("\n".join([*lines, *self.described()]), flush=True)
 
+    def load_teacher(self):
+        """The frozen model of the setting `teacher`; a resumed run must give it again."""
+        s = self.s
+        model, state = load_model(s.teacher)
+        check_vocabulary(state["meta"], self.data.meta, f"beside --teacher, --dataset={s.dataset}")
+        if model.config.context != "causal" or model.config.seq_len < s.seq_len:
+            raise SettingsError(f"--teacher={s.teacher} needs a GPT level and a context of "
+                                f"{s.seq_len} tokens: use another, or lower --seq_len")
+        s.teacher_digest = state["digest"]  # check_same compares it
+        model.attention = s.attention
+        return model.requires_grad_(False)
+
     def described(self):
         """Lines on what will be trained, on what."""
         s, data = self.s, self.data
         what = (f"{s.noise} noise in {s.corruption} blocks of {s.block_size}, noisy copies: "
                 f"{s.copies}" if s.objective == "diffusion" else "autoregressive")
-        yield (f"model      {self.model.count_parameters():,} parameters: {s.n_layer} layers, "
+        learn = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        yield (f"model      {self.model.count_parameters():,} parameters"
+               + f", of which {learn:,} learn" * self.model.frozen + f": {s.n_layer} layers, "
                f"{s.n_head} heads, width {s.n_embd}, context {s.seq_len}")
         yield (f"data       {data.name}: {len(data.split('train')):,} train and "
                f"{len(data.split('val')):,} validation tokens")
@@ -462,7 +496,9 @@ class Run:
         self.check_finite("gradient", self.norms)
         self.check_finite("loss", sum(terms.values()))
         peak, masked = peak_flops(s), self.masked * world / steps
-        flops = train_flops(self.config, s.batch_size, masked, s.copies) * steps / seconds
+        flops = train_flops(self.config, s.batch_size, masked, s.copies,
+                            frozen=self.model.frozen)
+        flops *= steps / seconds
         self.masked = 0
         self.log.report(
             self.step, s.max_steps, terms, self.val,
@@ -554,7 +590,7 @@ def finish(run, stopped):
 def main(argv):
     processes = Processes()
     try:
-        run = Run(SimpleNamespace(**override(DEFAULTS, argv)), processes)
+        run = Run(SimpleNamespace(**override(DEFAULTS, argv, given := set())), processes, given)
         stopped = train_loop(run)
         finish(run, stopped)
         return stopped and 128 + stopped

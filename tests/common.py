@@ -104,6 +104,7 @@ SHAPES = (
     {"block_size": 15, "n_kv_head": 2, "qk_norm": False, "local_window": 0},
     {"block_size": 5, "n_kv_head": 2, "tie_embeddings": True, "local_window": 7, "head_dim": 12},
 )
+DRAFTS = {"block_size": 3, "n_kv_head": 2, "draft_rank": 2}  # with a causal context alone
 CONTEXTS = ("causal", "block")
 
 

@@ -14,13 +14,14 @@ import os
 import sys
 import warnings
 import zipfile
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from hashlib import sha256
 from pathlib import Path
 
 import torch
 
 from model import CascadeConfig, CascadeLM
+from util import hf
 from util.configurator import SettingsError, first_line, public, writing
 from util.dataset import identity
 from util.shard import is_plain, load_whole
@@ -126,7 +127,8 @@ def check_state(state, size):
              f"its config's {f.name} makes no sense")
     must(all(map(is_plain, model.values())), "its weights are no float32 tensors")
     local = c.local_hidden * (4 + c.local_window) // 4 if c.local_window else 0
-    rows = max(c.n_layer * max(c.n_head * c.head_dim, c.n_hidden), c.vocab_size, local)
+    layers = c.n_layer * max(c.n_head * c.head_dim, c.n_hidden)
+    rows = max(layers, c.vocab_size, local, layers * c.draft_rank // c.n_embd)
     must(rows * c.n_embd <= sum(x.numel() for x in model.values()) and c.seq_len <= 2**20,
          "its config is larger than its tensors")
     must(state["meta"].get("vocab_size") == c.vocab_size, "its vocabulary is not its config's")
@@ -163,13 +165,55 @@ def load_model(where, device="cpu"):
 
 # ---- starting and resuming a run ---------------------------------------------------------------
 
+# what weights leave no choice of; the other fields of CascadeConfig are free, or of what drafts
+FIXED = tuple(name for name in hf.SHAPE if name != "vocab_size")
+
+
+def load_source(s):
+    """What the setting init_from brings: (fields of CascadeConfig, weights, meta) of another run,
+    its folder or checkpoint; without meta of a Hugging Face folder; the fields alone of a run to be
+    resumed; nothing from scratch."""
+    if s.init_from.startswith("hf:"):
+        return *hf.read_folder(s.init_from[3:], s.seq_len), None
+    resume, last = s.init_from == "resume", Path(s.out_dir, "last.pt")
+    if s.init_from == "scratch" or (resume and not last.is_file()):  # check_out_dir will say so
+        return {}, None, None
+    state = load_checkpoint(last if resume else find_checkpoint(s.init_from))
+    config, settings = state["config"], state["settings"]
+    fields = {k: settings[k] if type(settings.get(k)) is type(v) else v for k, v in config.items()}
+    if resume:
+        return fields, None, None
+    if config["objective"] == "ar":  # it may become a cascade, and says nothing of its blocks
+        fields = {k: fields[k] for k in (*FIXED, "seq_len")}
+    return fields, state["model"], state["meta"]
+
+
+def take_over(model, fields, weights, where):
+    """Load a source's weights into a fresh model. Of the local head and of what draft_rank adds
+    each is taken whole, or stays fresh where its shapes are others. Returns a line that says what
+    was taken; SettingsError for weights of another shape."""
+    c, own, parts = model.config, model.state_dict(), []
+    source = replace(c, **{k: v for k, v in fields.items() if k in FIXED})
+    if other := [k for k in FIXED if getattr(c, k) != getattr(source, k)]:
+        had = ", ".join(f"{k} {getattr(source, k)}" for k in other)
+        raise SettingsError(f"--init_from={where} has {had}: leave --{' and --'.join(other)} out")
+    for part, what in (("local.", "local head"), ("draft_", "draft_rank")):
+        mine, theirs = ({k: x[k].shape for k in x if part in k} for x in (own, weights))
+        if mine != theirs:
+            parts.append(f"{'new' if mine else 'without its'} {what}")
+            weights = {k: v for k, v in weights.items() if k not in theirs} | {
+                k: own[k] for k in mine}
+    load_whole(model, [], {"model": weights, "optimizers": []})
+    return f"start      the weights of {where}; {', '.join(parts) or 'nothing is new'}"
+
+
 WRITTEN = ("last.pt", "best.pt", "log.csv", "settings.py")  # by a run; each as NAME.tmp first
 
 # what may differ between a run and its resumption: how it starts, ends (the learning rate follows
 # the new end) and reports, where its data lies, and what moves numbers by their rounding alone
 HARMLESS = {"out_dir", "init_from", "overwrite", "any_data", "dataset", "max_steps", "max_minutes",
             "log_every", "eval_every", "eval_windows", "final_windows", "sample_tokens", "device",
-            "attention", "compile", "micro_batch", "shard", "wandb"}
+            "attention", "compile", "micro_batch", "shard", "wandb", "teacher"}
 
 
 def lock(path):
@@ -221,7 +265,7 @@ def check_same(s, config, meta, state):
     """Resuming: settings and data that change the numbers must be those of the checkpoint. Returns
     what of the data is another, if that was insisted on."""
     saved, before, now = state["settings"], identity(state["meta"]), identity(meta)
-    changed = [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in vars(s).items()
+    changed = [f"{k}: {saved.get(k)!r} -> {v!r}" for k, v in public(vars(s)).items()
                if k not in HARMLESS and saved.get(k) != v]
     if changed:
         raise SettingsError(f"cannot resume with other settings ({'; '.join(changed)})")

@@ -156,9 +156,10 @@ def _config(name):
         key.startswith("_") or callable(value) or isinstance(value, ModuleType))}
 
 
-def override(defaults, argv):
+def override(defaults, argv, given=None):
     """`defaults` (name -> value) with the config files and --key=value of argv applied in order, a
     new dict. SettingsError for an unknown name, a wrong type, a missing file or another argument.
+    The set `given` is filled with the names that argv assigns.
     """
     settings = dict(defaults)
     for arg in argv:
@@ -168,6 +169,8 @@ def override(defaults, argv):
         where, found = (arg, {key: value}) if arg.startswith("--") else _config(arg)
         for key, value in found.items():
             _set(settings, key, value, where)
+            if given is not None:
+                given.add(key)
     return settings
 
 

@@ -99,6 +99,12 @@ def weight_names(c):
             for name, x in own.items()}
 
 
+def read_folder(folder, seq_len):
+    """(fields of CascadeConfig as read_config finds them, the weights of read_weights)."""
+    shape, _ = read_config(folder, seq_len)
+    return shape, read_weights(folder, CascadeConfig(objective="ar", seq_len=1, **shape))
+
+
 def read_weights(folder, c):
     """{our name: float32 tensor} of the GPT level, all that is in c but the local head. [MASK],
     which the folder has not, gets the mean of the embeddings."""

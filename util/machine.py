@@ -128,7 +128,7 @@ def peak_flops(s):
     return peak / 2 if peak and s.dtype == "float32" else peak
 
 
-def train_flops(c, batch, masked, copies=1, attention=True):
+def train_flops(c, batch, masked, copies=1, attention=True, frozen=False):
     """Matrix FLOPs of one training step (forward and backward) on `batch` sequences.
 
     A product with P weights costs 2 P per token forward and 4 P backward: 6 P. Attention over
@@ -136,22 +136,28 @@ def train_flops(c, batch, masked, copies=1, attention=True):
     Of the last layer, only the tokens with a loss pass through o, the MLP and the head: the
     `masked` ones, of all copies together, and with a causal context the clean ones but the last.
     Through the local head each masked token passes twice, but for what h alone contributes.
+    `frozen`, only what drafts learns: 2 P where no gradient comes by, 4 P where it goes through.
     """
     N, C, ar, causal = c.seq_len, c.n_embd, c.objective == "ar", c.context == "causal"
     kv, head, tokens = 2 * C * c.n_kv_head * c.head_dim, C * c.vocab_size, batch * N
-    q = C * c.n_head * c.head_dim  # as large as o
-    tail, streams = q + 3 * C * c.n_hidden, 1 if ar else 1 + copies
+    q, r = C * c.n_head * c.head_dim, c.draft_rank  # q: as large as o
+    tail = q + 3 * C * c.n_hidden
+    copies, masked = (0, 0) if ar else (copies, masked)
     clean = tokens if ar else batch * (N - 1) if causal else 0  # tokens with a loss
-    weights = streams * tokens * (c.n_layer - 1) * (q + kv + tail)
-    weights += tokens * ((streams - (not causal)) * q + streams * kv) + (clean + masked) * tail
-    weights += (clean + masked * (2 if c.local_window else 1)) * head
+    text, noisy, top = (2, 4 if r else 2, 4) if frozen else (6, 6, 6)  # for a weight and a token
+    layers = tokens * (c.n_layer - 1) * (q + kv + tail)
+    flops = text * (layers + tokens * (causal * q + kv) + clean * (tail + head))
+    flops += noisy * (copies * (layers + tokens * (q + kv)) + masked * tail)
+    flops += top * masked * (2 if c.local_window else 1) * head
     if c.local_window:
-        left = c.local_window * max(1, C // 4)
-        weights += masked * 2 * c.local_hidden * (C + 2 * left + C)
-    noisy = (streams - 1) * batch * N * (N + c.block_size) // 2  # visible entries in a layer
+        left = 2 * c.local_window * max(1, C // 4)
+        flops += 6 * masked * 2 * c.local_hidden * (C + left + C)
+    before, after = r * (4 * C + kv // C), r * (2 * C + 3 * (C + c.n_hidden))
+    flops += 6 * (copies * tokens * (c.n_layer * (before + after) - after) + masked * after)
+    beside = copies * batch * N * (N + c.block_size) // 2  # visible entries in a layer
     own = batch * N * (N + (1 if causal else c.block_size)) // 2
-    entries = c.n_layer * noisy + (c.n_layer - (not causal)) * own
-    return 6 * weights + attention * 12 * c.n_head * c.head_dim * entries
+    entries = text * (c.n_layer - (not causal)) * own + (6 if noisy > 2 else 2) * c.n_layer * beside
+    return flops + attention * 2 * c.n_head * c.head_dim * entries
 
 
 class Stop:

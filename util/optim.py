@@ -22,7 +22,10 @@ def make_optimizers(model, s):
     D = model.config.head_dim
     heads = {"q": D, "k": D, "v": D, "o": -D}  # o reads the heads by its columns
     for name, p in model.named_parameters():
+        if not p.requires_grad:  # frozen: not even the weight decay may touch it
+            continue
         matrix = p.ndim == 2 and name.startswith(("blocks.", "local.")) and "embed" not in name
+        matrix &= "draft_" not in name  # factors of a change of low rank are AdamW's
         if s.optimizer == "muon" and matrix:
             muon.setdefault(heads.get(name.split(".")[-2], 0), []).append(p)
         else:
