@@ -1184,8 +1184,8 @@ def started(folder, halt=None, **settings):
     """train_tiny of a run for which the user chose `settings`, and no shape but in them; its
     `first` weights. Stopped before step `halt` and resumed, if that is given."""
     class Started(train.Run):
-        def __init__(self, s, processes):
-            super().__init__(s, processes, {*settings})
+        def __init__(self, *how):
+            super().__init__(*how)
             self.first = {k: v.clone() for k, v in self.model.state_dict().items()}
 
         def train_step(self, progress):

@@ -205,7 +205,7 @@ def train_tiny(folder, run_class=train.Run, **settings):
     processes = machine.Processes()
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.closing(processes):
-        run = run_class(SimpleNamespace(**{**train.DEFAULTS, **s}), processes)
+        run = run_class(SimpleNamespace(**{**train.DEFAULTS, **s}), processes, set(settings))
         train.finish(run, train.train_loop(run))
     return run, out.getvalue()
 

@@ -140,8 +140,8 @@ def train_flops(c, batch, masked, copies=1, attention=True, frozen=False):
     """
     N, C, ar, causal = c.seq_len, c.n_embd, c.objective == "ar", c.context == "causal"
     kv, head, tokens = 2 * C * c.n_kv_head * c.head_dim, C * c.vocab_size, batch * N
-    q, r = C * c.n_head * c.head_dim, c.draft_rank  # q: as large as o
-    tail = q + 3 * C * c.n_hidden
+    width, r = c.n_head * c.head_dim, c.draft_rank
+    q, tail = C * width, C * width + 3 * C * c.n_hidden
     copies, masked = (0, 0) if ar else (copies, masked)
     clean = tokens if ar else batch * (N - 1) if causal else 0  # tokens with a loss
     text, noisy, top = (2, 4 if r else 2, 4) if frozen else (6, 6, 6)  # for a weight and a token
@@ -152,12 +152,12 @@ def train_flops(c, batch, masked, copies=1, attention=True, frozen=False):
     if c.local_window:
         left = 2 * c.local_window * max(1, C // 4)
         flops += 6 * masked * 2 * c.local_hidden * (C + left + C)
-    before, after = r * (4 * C + kv // C), r * (2 * C + 3 * (C + c.n_hidden))
+    before, after = r * (3 * C + width + kv // C), r * (C + width + 3 * (C + c.n_hidden))
     flops += 6 * (copies * tokens * (c.n_layer * (before + after) - after) + masked * after)
     beside = copies * batch * N * (N + c.block_size) // 2  # visible entries in a layer
     own = batch * N * (N + (1 if causal else c.block_size)) // 2
     entries = text * (c.n_layer - (not causal)) * own + (6 if noisy > 2 else 2) * c.n_layer * beside
-    return flops + attention * 2 * c.n_head * c.head_dim * entries
+    return flops + attention * 2 * width * entries
 
 
 class Stop:
