@@ -178,32 +178,36 @@ def ar_nll(model, x0):
     return token_nll(Score(model), x0, x0[None] == x0)["gpt"]
 
 
-def window_terms(score, x0, mask, weight):
-    """{term: (B,) float64} in nats per token of windows x0 (B, N), with noise mask, weight (B, N):
+def window_terms(score, x0, mask, weight, scored=None):
+    """{term: (B,) float64} in nats per token of windows x0 (B, N), with noise mask, weight (B, N);
+    of tokens that scored (B, N) leaves out, 0:
 
     bound   the bound, of which the noise is a sample
     joint   exact NLL of one joint pass a block; without a local head, of one factorised pass
     gpt     exact NLL of what the GPT level writes
     """
-    c, terms = score.model.config, {}
+    c, terms, where = score.model.config, {}, score.model.cos.device
     nll = token_nll(score, x0, torch.stack([mask, torch.ones_like(mask)]))
     if c.objective == "diffusion":
-        weighted = nll["single"][0] * weight.to(score.model.cos.device)
-        terms = {"bound": weighted.sum(dim=1) / (x0.shape[1] // c.block_size),
-                 "joint": nll["joint"][1].mean(dim=1)}
-    return terms | ({"gpt": gpt_nll(nll)} if c.context == "causal" else {})
+        terms = {"bound": nll["single"][0] * weight.to(where) * c.block_size,
+                 "joint": nll["joint"][1]}
+    terms |= {"gpt": gpt_nll(nll)} if c.context == "causal" else {}
+    scored = 1 if scored is None else scored.to(where)
+    return {name: (each * scored).mean(dim=1) for name, each in terms.items()}
 
 
 def gpt_nll(nll):
-    """(B,): what the GPT level writes, of a token_nll whose last mask hides all: its first token is
-    the block level's."""
-    first = nll["joint"][-1, :, 0] if "joint" in nll else 0.0
-    return (nll["gpt"].sum(dim=1) + first) / nll["gpt"].shape[1]
+    """(B, N): what the GPT level writes, of a token_nll whose last mask hides all: its first token
+    is the block level's."""
+    first = nll["joint"][-1, :, :1] if "joint" in nll else nll["gpt"][:, :1]
+    return torch.cat([first, nll["gpt"][:, 1:]], dim=1)
 
 
 @torch.no_grad()
-def evaluate(score, split, windows, seed=0, batch=16, autocast=nullcontext, processes=None):
-    """{term: (mean, standard error)} of window_terms over windows spread evenly over the split.
+def evaluate(score, split, windows, seed=0, batch=16, autocast=nullcontext, processes=None,
+             loss_on="all"):
+    """{term: (mean, standard error)} of window_terms over windows spread evenly over the split, a
+    mean over all of their tokens or, with loss_on="completion", over those of completions.
 
     The noise, `balanced`, is drawn for all windows at once from a fixed generator, so the figures
     are the same on every call, at any batch size and number of processes.
@@ -213,6 +217,10 @@ def evaluate(score, split, windows, seed=0, batch=16, autocast=nullcontext, proc
     stride = (len(split) - c.seq_len) / max(windows - 1, 1)
     starts = (torch.arange(windows, dtype=torch.float64) * stride).long()
     blank = torch.zeros(windows, c.seq_len, dtype=torch.long)
+    scored = torch.ones(windows, c.seq_len, dtype=torch.float64)
+    if loss_on == "completion":
+        scored = torch.from_numpy(split.completions(starts.numpy(), c.seq_len)).double()
+    share = (scored.mean(dim=1) / scored.mean().clamp(min=1e-9)).to(where)  # of a window's tokens
     noise = corrupt_all_blocks(blank, c.block_size, c.mask_id, step_generator(seed, -1))
     rank, world = (processes.rank, processes.world) if processes else (0, 1)
     total = {}
@@ -222,13 +230,16 @@ def evaluate(score, split, windows, seed=0, batch=16, autocast=nullcontext, proc
         rows, own = batches[i % len(batches)], i < len(batches)
         x0 = torch.from_numpy(split.window(starts[rows].numpy(), c.seq_len))
         with autocast():
-            terms = window_terms(score, x0, noise.mask[rows], noise.weight[rows])
+            terms = window_terms(score, x0, noise.mask[rows], noise.weight[rows], scored[rows])
         for name, each in terms.items():
             blank = torch.zeros(windows, dtype=torch.float64, device=where)
             total.setdefault(name, blank)[rows] += own * each
     if processes:
         total = {name: processes.sum(each) for name, each in total.items()}
-    return {name: (each.mean().item(), window_error(each)) for name, each in total.items()}
+    total = {name: each / scored.mean().clamp(min=1e-9).item() for name, each in total.items()}
+    # a ratio of sums over windows; its standard error by the usual linearisation
+    return {name: (each.mean().item(), window_error(each - each.mean() * (share - 1)))
+            for name, each in total.items()}
 
 
 def window_error(x):
@@ -250,7 +261,7 @@ def in_batches(work, x0, *more, batch=32, tick=lambda tokens: None):
 
 def score_gpt(score, x0, **how):
     """(W,): exact NLL of what the GPT level writes."""
-    return in_batches(lambda x: gpt_nll(token_nll(score, x, x[None] == x)), x0, **how)
+    return in_batches(lambda x: gpt_nll(token_nll(score, x, x[None] == x)).mean(dim=1), x0, **how)
 
 
 def score_single(score, x0, mask, **how):

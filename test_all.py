@@ -18,7 +18,9 @@ import itertools
 import math
 import multiprocessing
 import os
+import shutil
 import sys
+import tempfile
 import time
 import traceback
 from concurrent.futures import ProcessPoolExecutor
@@ -861,11 +863,11 @@ def test_weighting_cascade():
 # ---- training ------------------------------------------------------------------------------------
 
 
-def training_batches(split, steps=1, rank=0, world=1, **settings):
+def training_batches(split, steps=1, rank=0, world=1, mask_id=7, **settings):
     """The micro-batches of `steps` steps, as training draws them."""
     s = SimpleNamespace(**{**train.DEFAULTS, **TINY, "copies": 1, "noise": "balanced",
                            "full_share": 0.0, "micro_batch": 0, **settings})
-    return [train.micro_batches(s, 7, split, i, rank, world) for i in range(steps)]
+    return [train.micro_batches(s, mask_id, split, i, rank, world) for i in range(steps)]
 
 
 def test_batches():
@@ -1198,6 +1200,81 @@ def started(folder, halt=None, **settings):
         return run, said
     assert run.step == halt + 1, run.step
     return started(folder, **{**settings, "init_from": "resume"})
+
+
+def completion_by_hand(text, sep, eot):
+    """bool for each token of a list: whether it is behind a separator, up to the next eot."""
+    inside, out = False, []
+    for i, token in enumerate(text):
+        out.append(inside)
+        inside = (inside and token != eot) or text[max(0, i + 1 - len(sep)) : i + 1] == sep
+    return torch.tensor(out)
+
+
+def test_loss_on_completion():
+    """--loss_on=completion by brute force: the tokens that are scored; over many steps each term is
+    the mean over them, whatever the micro-batches and ranks; windows without any do no harm; the
+    evaluation is the mean over them; without a separator it is refused."""
+    folder = tempfile.mkdtemp()
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder)
+        path, r = Path(folder), np.random.default_rng(0)
+        docs = ["".join(r.choice(list("abc#"), r.integers(0, 30))) + "##" * (i % 4 > 0)
+                + "".join(r.choice(list("xyz"), r.integers(0, 9))) for i in range(300)]
+        (path / "t").write_text("<|endoftext|>".join(docs))
+        with mock.patch.dict(os.environ, CASCADE_DATA=folder):
+            code, _, err = command("data/text/prepare.py", f"--input={path}/t", "--name=c",
+                                   "--special", "--separator=##", "--val=0.3")
+            assert code == 0, err
+            data = dataset.load_dataset("c")
+        split, N = data.split("val"), 16
+        text = split.window([0], len(split))[0]
+        want = completion_by_hand(text.tolist(), [35, 35], 255)
+        starts = torch.arange(0, len(split) - N, 3)
+        windows = want[starts[:, None] + torch.arange(N)]
+        assert (torch.from_numpy(split.completions(starts.numpy(), N)) == windows).all()
+        share = windows.double().mean().item()
+        assert 0.05 < share < 0.6 and not windows.any(dim=1).all()
+
+        # every token's loss is a number of its own: a term is then known by hand
+        value = lambda x: 1 + (x * 37 % 11).double()  # noqa: E731
+        s = {"loss_on": "completion", "full_share": 0.5, "noise": "tilted", "copies": 2,
+             "batch_size": 64}
+        sums = torch.zeros(3, 2, dtype=torch.float64)
+        for one, in training_batches(split, 150, mask_id=256, **s):
+            x0, xt, index, own, weight, share_ = one
+            target = value(x0.expand_as(xt).flatten()[index])
+            hidden = (xt == 256).flatten()[index]
+            assert hidden.all()
+            for i, (w, v) in enumerate(((weight, target), (share_, target),
+                                        (own.flatten(), value(x0[:, 1:].flatten())))):
+                sums[i] += torch.stack([(w * v).sum(), w.double().sum()]) / 150
+        mean = value(torch.from_numpy(text))[want].mean().item()
+        off = max((sums[:, 0] / mean - 1).abs().max().item(), (sums[:, 1] - 1).abs().max().item())
+        assert off < 0.05, sums
+        (whole,), = training_batches(split, mask_id=256, **s)
+        for cut in ({"world": 2}, {"micro_batch": 8}):
+            parts = [b for rank in range(cut.get("world", 1)) for step in training_batches(
+                split, rank=rank, mask_id=256, **s, **cut) for b in step]
+            for i in (3, 4, 5):
+                assert abs(sum(b[i].double().sum() for b in parts) - whole[i].double().sum()) < 1e-6
+        net = tiny_model(vocab_size=256, seq_len=N, block_size=4)
+        found = evaluation.evaluate(Score(net), split, 40, loss_on="completion")
+        at = (torch.arange(40).double() * (len(split) - N) / 39).long()
+        x0 = torch.from_numpy(split.window(at.numpy(), N))
+        nll = evaluation.token_nll(Score(net), x0, x0[None] == x0)
+        rows = want[at[:, None] + torch.arange(N)]
+        assert abs(nll["joint"][0][rows].mean().item() - found["joint"][0]) < 1e-6, found
+        with_first = torch.cat([nll["joint"][0][:, :1], nll["gpt"][:, 1:]], dim=1)
+        assert abs(with_first[rows].mean().item() - found["gpt"][0]) < 1e-6, found
+        for objective in ("diffusion", "ar"):
+            run, _ = train_tiny(f"{path}/c", max_steps=3, batch_size=1, loss_on="completion",
+                                objective=objective)
+            assert weights(run).isfinite().all() and run.final["gpt"][0] < math.log(256) * 1.2
+        write_dataset(path / "plain", "abcdef\n" * 100)
+        refuses(lambda: train_tiny(path / "plain", max_steps=1, loss_on="completion"),
+                "no separator", "--separator=STRING")
+    return within(off, 0.05, f"{share:.0%} of the tokens; terms of 150 steps off by")
 
 
 def test_start_from_another_run():

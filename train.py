@@ -97,6 +97,7 @@ local_window = 4  # w, left tokens that the local head sees; 0: no local head
 local_hidden = 0  # width of the local head; 0: twice n_embd
 draft_rank = 0  # of what noisy positions add to the projections, for --train=draft; 0: nothing
 # the loss: bound + gpt_weight * next-token NLL + joint_weight * NLL of joint passes
+loss_on = "all"  # or "completion": text behind the dataset's separator, in every term
 gpt_weight = 3.0
 joint_weight = 2.0
 joint_target = "text"  # or "gpt": the distribution of the GPT level, not differentiated
@@ -145,7 +146,7 @@ DEFAULTS = public(dict(globals()))
 CHOICES = {
     "noise": tuple(SCHEDULES), "weighting": WEIGHTINGS, "corruption": ("all", "target"),
     "joint_target": ("text", "gpt", "teacher"), "gpt_target": ("text", "teacher"),
-    "copies": (1, 2), "train": ("all", "draft"),
+    "copies": (1, 2), "train": ("all", "draft"), "loss_on": ("all", "completion"),
     "optimizer": ("muon", "adamw"), "attention": ("auto", "chunk", "flex", "flash"),
 }
 AT_LEAST = {1: "batch_size log_every eval_every eval_windows final_windows",
@@ -190,9 +191,9 @@ def resolve(s, processes):
     rates(s).check(s.noise)
     if s.corruption == "target" or s.block_size == 1:
         s.copies = 1  # of a block of one token the second copy would repeat the first
-    if s.corruption == "target" and (s.context, s.local_window) != ("block", 0):
-        raise SettingsError("--corruption=target is one stream of blocks: set --context=block and "
-                            "--local_window=0")
+    if s.corruption == "target" and (s.context, s.local_window, s.loss_on) != ("block", 0, "all"):
+        raise SettingsError("--corruption=target is one stream of blocks: set --context=block, "
+                            "--local_window=0 and --loss_on=all")
     return lines
 
 
@@ -206,9 +207,11 @@ def rates(s):
 def micro_batches(s, mask_id, split, step, rank, world):
     """This process's share of a step's global batch, cut into micro-batches, on the CPU.
 
-    A list of (x0, xt, index, weight, share): clean and noisy tokens, the positions with a loss,
-    flat in xt (see `Score`), and their weights in the bound and in the joint NLL, (M,) each; both
-    add up to means over the global batch. All is drawn for the global batch, then sliced.
+    A list of (x0, xt, index, *own, weight, share): clean and noisy tokens, the positions with a
+    loss, flat in xt (see `Score`), and their weights in the bound and in the joint NLL, (M,) each;
+    both add up to means over the global batch. With loss_on="completion" they are of scored tokens
+    alone, means in expectation, and own (B, N - 1) has the weights in the next-token NLL. All is
+    drawn for the global batch, then sliced.
     """
     generator = step_generator(s.seed, step)
     starts = torch.randint(len(split) - s.seq_len + 1, (s.batch_size,), generator=generator)
@@ -230,12 +233,17 @@ def micro_batches(s, mask_id, split, step, rank, world):
         mask, weight = (t.view(s.copies, *blank.shape)[:, mine] for t in noisy[1:3])
         xt = x0.expand_as(mask).masked_fill(mask, mask_id)
     k = mask.unflatten(-1, (-1, s.block_size)).sum(dim=-1).clamp(min=1)
-    share = (1 / k).repeat_interleave(s.block_size, dim=-1)  # a mean over each block
-    whole, out = (x0, xt, mask, weight / blocks, share / blocks), []
+    share, own = (1 / k).repeat_interleave(s.block_size, dim=-1), []  # a mean over each block
+    if s.loss_on == "completion":  # a token's weight is 1 / S on average over the noise
+        scored = torch.from_numpy(split.completions(starts.numpy(), s.seq_len))
+        blocks = s.copies * scored.sum().clamp(min=1) / s.block_size
+        mask, own = mask & scored[mine], [scored[mine] / scored[:, 1:].sum().clamp(min=1)]
+    whole, out = (x0, xt, mask, *own, weight / blocks, share / blocks), []
     parts = (t.split(s.micro_batch or part, dim=-2) for t in whole)
-    for x0, xt, mask, *weights in zip(*parts, strict=True):
+    for x0, xt, mask, *own, weight, share in zip(*parts, strict=True):
         index = mask.flatten().nonzero()[:, 0]
-        out.append((x0, xt, index, *(w.flatten()[index] for w in weights)))
+        out.append((x0, xt, index, *(w[:, 1:] for w in own),
+                    *(w.flatten()[index] for w in (weight, share))))
     return out
 
 
@@ -258,6 +266,9 @@ class Run:
         lines = resolve(s, processes)
         processes.open(s.device)
         self.data = load_or_prepare(s.dataset, s.seq_len, processes)
+        if s.loss_on == "completion" and "separator" not in self.data.meta:
+            raise SettingsError(f"--loss_on=completion: {s.dataset} has no separator; prepare it "
+                                "by data/text/prepare.py with --separator=STRING")
         if s.init_from.startswith("hf:"):
             hf.check_tokens(s.init_from[3:], source["vocab_size"], self.data.meta)
         elif weights:
@@ -391,11 +402,13 @@ class Run:
 
     def terms(self, score, batch):
         """The terms of the loss that `weights` names, in nats per token, of a micro-batch."""
-        *inputs, weight, share = (t.to(self.s.device, non_blocking=True) for t in batch)
+        x0, xt, index, *own, weight, share = (
+            t.to(self.s.device, non_blocking=True) for t in batch)
         with autocast(self.s):
-            gpt, single, joint = score(*inputs)
+            gpt, single, joint = score(x0, xt, index)
             found = {"bound": (single * weight).sum(), "joint": (joint * share).sum()}
             found["gpt"] = found["bound"] if gpt is None else (  # of objective "ar"
+                (gpt * own[0].flatten()).sum() if own else
                 gpt.sum() / (self.s.batch_size * (self.s.seq_len - 1)))
             return torch.stack([found[name] for name in self.weights])
 
@@ -441,7 +454,7 @@ class Run:
     def evaluate(self, windows):
         self.check_finite("gradient", self.norms)
         found = evaluate(self.score, self.data.split("val"), windows, 0, self.s.micro_batch or 16,
-                         lambda: autocast(self.s), self.processes)
+                         lambda: autocast(self.s), self.processes, self.s.loss_on)
         for name, (mean, _) in found.items():
             self.check_finite(f"validation {name}", mean)
         return found

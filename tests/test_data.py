@@ -413,6 +413,8 @@ MISTAKES = (  # (script, its arguments with {} for the folder of FILES, words of
     ("text", "--input={}/ok --tokenizer=bpe", "bpe"), ("text", "--bpe_dir={}", "vocab.bpe"),
     ("text", "--input={}/ok --special --tokenizer=char", "--special needs"),
     ("text", "--input={}/marks --special", "nothing for train"),
+    ("text", "--input={}/ok --separator=t --tokenizer=char", "--separator needs"),
+    ("text", "--input={}/ok --separator=??", "no '??'"),
     ("text", "--input={}/\x1b[2Jodd", "binary"), ("text", "\x1b[2J", "arguments"),
     ("text", "--input=/" + "a/" * 3000, "too long"), ("text", "--input={}/ok/x", "not exist"),
     ("enwik8", "--input={}/nowhere", "nowhere"), ("enwik8", "--input={}", "directory"),

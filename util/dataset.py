@@ -10,6 +10,8 @@ A dataset is a folder, data/<name>/, of token ids and one description:
                            "chars": "\\n !...",         char only: the characters in id order
                            "tokenizer_json": "{...", "tokenizer_sha256": "...",   hf only
                            "eot": 50256 or null,       the id that separates documents
+                           "separator": [35, 35],      if asked for: the ids that stand in a
+                                                       document between what is given and the rest
                            "splits": {"train": {"tokens": n, "bytes": UTF-8 bytes of the text,
                                "shards": [{"file": "train.bin", "tokens": n,
                                            "sha256": "..."}]}, "val": {...}},
@@ -297,6 +299,9 @@ def check_meta(meta):
             raise ValueError("a sha256 has not 64 digits")
         field(info, "tokens", int, tokens or 1, tokens)
         field(info, "bytes", int, 1, 128 * tokens)  # no token of GPT-2 is longer
+    marks = field(meta, "separator", list) if "separator" in meta else [0]
+    if not marks or not all(type(t) is int and 0 <= t < meta["vocab_size"] for t in marks):
+        raise ValueError("the separator is no list of token ids")
     if not all(map(PLAIN_NAME.fullmatch, names)):
         raise ValueError("a name or file has other characters than letters, digits and . - _")
 
@@ -307,6 +312,8 @@ def identity(meta):
     ValueError when meta describes none: a checkpoint's may be anything."""
     check_meta(meta)
     found = {name: [s["sha256"] for s in info["shards"]] for name, info in meta["splits"].items()}
+    if "separator" in meta:
+        found["separator"] = meta["separator"]
     found["vocabulary"] = [meta.get(key) for key in VOCABULARY]
     return {name: hashlib.sha256(json.dumps(value).encode()).hexdigest()
             for name, value in found.items()}
@@ -412,6 +419,7 @@ class Split:
             self.shards.append(np.memmap(path, dtype, mode="r"))
             if (top := int(self.shards[-1].max())) >= meta["vocab_size"]:
                 raise ValueError(f"{name} holds id {top}, the vocabulary {meta['vocab_size']}")
+        self.separator, self.eot = meta.get("separator"), meta.get("eot")
         # shard s holds the tokens offsets[s] .. offsets[s + 1] - 1
         self.offsets = np.cumsum([0] + [len(shard) for shard in self.shards])
 
@@ -422,6 +430,22 @@ class Split:
     def bytes_per_token(self):
         """UTF-8 bytes of text per token; bits per byte = nats per token / (ln 2 * this)."""
         return self.bytes / self.tokens
+
+    @cached_property
+    def marks(self):
+        """Where separators end, and the end-of-text tokens: two sorted arrays of positions."""
+        text, sep = np.concatenate(self.shards), self.separator
+        found = np.flatnonzero(text[: len(text) - len(sep) + 1] == sep[0])
+        for i, token in enumerate(sep):
+            found = found[text[found + i] == token]
+        return found + len(sep) - 1, np.flatnonzero(text == self.eot)
+
+    def completions(self, starts, length):
+        """bool (B, length): which tokens of the windows at `starts` are to be written: those behind
+        a separator, as far as the end-of-text and with it."""
+        at = np.asarray(starts, np.int64)[:, None] + np.arange(length)
+        last = [np.append(-1, m)[np.searchsorted(m, at)] for m in self.marks]  # before each token
+        return last[0] > last[1]
 
     def window(self, starts, length):
         """The windows [start, start + length) as int64 (B, length), across shard borders. starts:

@@ -4,6 +4,7 @@ Your own text as a dataset: files or folders of UTF-8 text, plain, .gz or .xz.
     python data/text/prepare.py --input=FILE --name=mine                     # by byte
     python data/text/prepare.py --input FOLDER a.txt.gz --name=mine --tokenizer=gpt2
     python data/text/prepare.py --input=FILE --name=mine --tokenizer=hf:DIR    # of a model's folder
+    python data/text/prepare.py --input=FILE --name=mine --special --separator=ANSWER:
     python data/text/prepare.py --bpe_dir=FOLDER             # GPT-2's two files, for no network
     python train.py --dataset=mine
 
@@ -117,7 +118,7 @@ class Corpus:
     """The files of a dataset; `sizes` are the bytes of text in each, filled by check()."""
 
     def __init__(self, files):
-        self.files, self.sizes = files, [0] * len(files)
+        self.files, self.sizes, self.separators = files, [0] * len(files), 0
         self.on_disk = [p.stat().st_size for p in files]
 
     def pieces(self, parts, label):
@@ -178,16 +179,20 @@ class Corpus:
         cut = next(starts, len(data))
         return at - before + cut - marker_begun(data[:cut])
 
-    def encode(self, tokenizer, parts, label):
-        """Second pass: yield (ids, bytes of text), documents separated by the end-of-text token."""
-        first = parts[0][0]
+    def encode(self, tokenizer, parts, label, separator=""):
+        """Second pass: yield (ids, bytes of text), documents separated by the end-of-text token.
+        The separator has tokens of its own, whatever stands beside it."""
+        first, between = parts[0][0], tokenizer.encode_array(separator)
 
         def work(batch):
             arrays, n_bytes = [], 0
             for piece in batch:
                 if tokenizer.eot is not None and piece.offset == 0 and piece.document != first:
                     arrays.append([tokenizer.eot])
-                arrays.append(tokenizer.encode_array(decode(self.files[piece.document], piece)))
+                text = decode(self.files[piece.document], piece)
+                for i, part in enumerate(text.split(separator) if separator else [text]):
+                    self.separators += i
+                    arrays += [between] * (i > 0) + [tokenizer.encode_array(part)]
                 n_bytes += len(piece.data)
                 if tokenizer.special:  # a separator is no text, however it is written
                     n_bytes -= len(EOT_TEXT) * piece.data.count(EOT_TEXT.encode())
@@ -220,6 +225,9 @@ def parse_arguments():
     add("--val", type=float, default=0.1, help="share of the text for validation")
     add("--special", action="store_true",
         help=f"read {EOT_TEXT} in the text as the end-of-text token, not as text")
+    add("--separator", default="", metavar="STRING",
+        help="of a document what stands before it is given, what follows is to be written: train "
+        "with --loss_on=completion. A document ends with its file, or at a marker of --special")
     add("--bpe_dir", help="folder with GPT-2's vocab.bpe and encoder.json, for no network")
     add("--overwrite", action="store_true", help="replace a dataset of this name")
     return parser.parse_args()
@@ -236,8 +244,9 @@ def check_arguments(args):
         raise DataError(f"--val={args.val} is not between 0 and 1: give a share, such as 0.1")
     if args.tokenizer not in ("char", *TOKENIZERS) and not args.tokenizer.startswith("hf:"):
         raise DataError(f"--tokenizer={args.tokenizer} is unknown: use char, byte, gpt2 or hf:DIR")
-    if args.special and args.tokenizer == "char":
-        raise DataError("--special needs an end-of-text token: use --tokenizer=byte or gpt2")
+    if (args.special or args.separator) and args.tokenizer == "char":
+        what = "special" if args.special else "separator"
+        raise DataError(f"--{what} needs an end-of-text token: use --tokenizer=byte or gpt2")
 
 
 def make_tokenizer(args):
@@ -265,8 +274,12 @@ def main():
     source = " ".join(args.input)
     with dataset.DatasetWriter(folder, tokenizer, source) as writer:
         for split, parts in corpus.split(args.val).items():
-            for ids, n_bytes in corpus.encode(tokenizer, parts, f"encode {split}"):
+            for ids, n_bytes in corpus.encode(tokenizer, parts, f"encode {split}", args.separator):
                 writer.add(split, ids, n_bytes)
+        if args.separator:
+            if not corpus.separators:
+                raise DataError(f"the text has no {args.separator!r}: give its own --separator")
+            writer.meta["separator"] = tokenizer.encode(args.separator)
         dataset.report(folder, writer.finish())
     print(f"next: python train.py --dataset={args.name}")
 
