@@ -307,35 +307,27 @@ def score_rule(score, x0, rule="left_to_right", value=0, **how):
     return in_batches(replay, x0, **how).unbind(dim=1)
 
 
+@torch.no_grad()
 def score_passes(score, x0, batch=32, **how):
-    """(W, nb, S + 1, S): -log p of token i of each block, [..., j, i] in a pass that begins at
+    """(W, nb, S + 1, S + 1): -log p of token i of each block, [..., j, i] in a pass that begins at
     j <= i and has drawn j..i-1, the text before j visible; [..., S, i] by the GPT level, if there
-    is one. S passes price every schedule from left to right (util/schedules.py)."""
-    S, N = score.model.config.block_size, x0.shape[1]
+    is one; `features` of the first pass in column S. S passes price every schedule from left to
+    right (util/schedules.py)."""
+    model, c = score.model, score.model.config
+    S, N = c.block_size, x0.shape[1]
     masks = (torch.arange(N) % S >= torch.arange(S)[:, None])[:, None]  # (S, 1, N)
 
     def work(x):
-        nll = token_nll(score, x, masks.expand(-1, len(x), -1))
+        nll, x = token_nll(score, x, masks.expand(-1, len(x), -1)), x.to(model.cos.device)
         gpt = nll.get("gpt", torch.full_like(nll["joint"][0], math.nan))
         gpt[:, 0] = nll["joint"][0, :, 0]  # the block level's, as in gpt_nll
-        return torch.cat([nll["joint"], gpt[None]]).unflatten(-1, (-1, S)).permute(1, 2, 0, 3)
+        table = torch.cat([nll["joint"], gpt[None]]).unflatten(-1, (-1, S)).permute(1, 2, 0, 3)
+        h = model.stream_trunk(torch.stack([x, xt := torch.full_like(x, c.mask_id)]))[-1]
+        view = View(xt.view(-1, S) > 0, block_logits(model, h, x, xt), None, None, 0, 0)
+        known = features(view).view(*table.shape[:2], 1, 1).expand(-1, -1, S + 1, -1)
+        return torch.cat([table, known], dim=-1)
 
     return in_batches(work, x0, batch=max(1, batch // S), **how)
-
-
-@torch.no_grad()
-def first_features(score, x0, **how):
-    """(W, nb, n): `features` of each block's first pass, which sees nothing of it."""
-    c, model = score.model.config, score.model
-
-    def work(x):
-        x = x.to(model.cos.device)
-        xt = torch.full_like(x, c.mask_id)
-        logits = block_logits(model, model.stream_trunk(torch.stack([x, xt]))[-1], x, xt)
-        view = View(x.view(-1, c.block_size) >= 0, logits, None, None, 0, 0)
-        return features(view).unflatten(0, (len(x), -1))
-
-    return in_batches(work, x0, **how)
 
 
 def score_exact(score, x0, **how):
@@ -492,8 +484,8 @@ class Evaluation:
         x0 = self.cut(c.seq_len, s.windows or s.rule_windows)
         if len(x0) < 4:
             raise SettingsError("--schedules fits on half of the windows: give 4 or more")
-        losses, gpt = score_passes(self.score, x0, **self.how(len(x0))).split([S, 1], dim=2)
-        known = first_features(self.score, x0, **self.how(len(x0)))
+        table = score_passes(self.score, x0, **self.how(len(x0)))
+        losses, gpt, known = table[..., :S, :S], table[..., S:, :S], table[..., 0, S:]
         fitted, scored = (losses[i::2].flatten(0, 1) for i in (0, 1))
         expected, cuts = cheapest(fitted.mean(dim=0, keepdim=True))
         row = self.against(price(scored, cuts[0]), expected, cheapest(scored)[0], len(x0) // 2)
@@ -504,16 +496,15 @@ class Evaluation:
             row(f"oracle {K}", K)
         for rule, value in rule_grid(s.rows, c, exact=True):
             if rule != "left_to_right":
-                how = self.how(len(x0) // 2)
-                nll, passes = score_rule(self.score, x0[1::2].contiguous(), rule, value, **how)
+                text, how = x0[1::2].contiguous(), self.how(len(x0) // 2)
+                nll, passes = score_rule(self.score, text, rule, value, **how)
                 row(f"{rule} {value:g}", passes.mean().item() * S, nll * c.seq_len)
         if c.context == "block":  # steps=auto goes by what is lost against the GPT level
             return
         row("gpt", S, gpt[1::2])
         weights = fit_excess((losses - gpt)[::2].flatten(0, 1), known[::2].flatten(0, 1))
         excess = predict_excess(weights, known[1::2].flatten(0, 1))
-        # as much as average cuts of K passes lose
-        levels = (expected[0] / S - gpt[::2].mean()).tolist()
+        levels = (expected[0] / S - gpt[::2].mean()).tolist()  # what average cuts lose, for each K
         for nats in sorted({round(x, 3) for x in levels}, reverse=True):
             chosen = plan(excess, nats)[:, None]
             passes = chosen.sum(dim=-1).double().mean().item()
@@ -524,33 +515,30 @@ class Evaluation:
         self.say(f"\nfor sample.py --mode=block --steps=auto: {path}")
 
     def against(self, average, expected, best, count):
-        """row(method, passes a block, NLL): says a method, and what average cuts and the oracle do
-        with as many passes, or with as few nats; without an NLL the oracle itself. average, best
-        (b, S): each block's NLL with K passes, of `count` windows; expected (1, S): what chooses K
-        of average cuts."""
-        S = best.shape[1]
-
+        """row(method, passes a block, NLL of `count` windows): say a method beside average cuts of
+        as many passes, and how many the oracle needs for its NLL; without one, the oracle itself.
+        average, best (b, S): each block's NLL in K passes; expected (1, S): by which K is chosen.
+        """
         def windows(nll):  # (count,), nats per token
             return nll.reshape(count, -1).sum(dim=1) / self.c.seq_len
 
         def oracle(passes):
             return windows((allocate(best, passes) * best).sum(dim=1))
 
-        grid = [1 + i / 4 for i in range(4 * S - 3)]
+        grid = [1 + i / 4 for i in range(4 * best.shape[1] - 3)]
         curve = torch.stack([oracle(passes).mean() for passes in grid])
         falls = int((curve > curve[-1] + 1e-9).sum()) + 1
 
-        def row(method, passes, nll=None, begin=""):
+        def row(method, passes, nll=None, cuts=""):
             nll = oracle(passes) if nll is None else windows(nll)
             ahead = nll - windows((allocate(expected, passes) * average).sum(dim=1))
-            mean, error, gain, gain_error = nll.mean().item(), window_error(nll), \
-                ahead.mean().item(), window_error(ahead)
-            least = np.interp(-mean, -curve[:falls], grid[:falls], right=math.nan).item()
-            self.table.append({"method": method, "passes": passes, "nll": mean, "nll_error": error,
-                               "against_average": gain, "against_average_error": gain_error,
-                               "oracle_passes": least, "cuts": begin})
-            self.say(f"{method:16s} {passes:7.3f}   {mean:.4f} +- {error:.4f}   {gain:+.4f} +- "
-                     f"{gain_error:.4f}   {least:7.3f}   {begin}".replace("nan", "  -"))
+            least = np.interp(-nll.mean(), -curve[:falls], grid[:falls], right=math.nan).item()
+            found = {"method": method, "passes": passes, "nll": nll.mean().item(),
+                     "nll_error": window_error(nll), "against_average": ahead.mean().item(),
+                     "against_error": window_error(ahead), "oracle_passes": least, "cuts": cuts}
+            self.table.append(found)
+            self.say("{:16s} {:7.3f}   {:.4f} +- {:.4f}   {:+.4f} +- {:.4f}   {:7.3f}   {}".format(
+                *found.values()).replace("nan", "  -"))
 
         self.say("\nmethod           passes   nats/token          against average     oracle's   "
                  "cuts\n                 a block                       cuts, as many      passes")

@@ -25,7 +25,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -519,7 +519,7 @@ def write_blocks(w):
                 quota = -(-masked.sum(dim=1) // passes_left)
                 view = View(masked, w.logits(h, start, block), order, quota, o.tau, o.gamma)
                 if o.plan and passes_left == S:
-                    run = o.plan(view).cumsum(dim=1)  # (B, S), in which pass a position is drawn
+                    run = o.plan(view).to(masked.device).cumsum(dim=1)  # each position's pass
                 if o.plan:
                     new = masked & (run == run.masked_fill(~masked, S + 1).amin(1, keepdim=True))
                 else:
@@ -679,28 +679,22 @@ def read_steps(s, S, digest):
     """(steps, plan) of Sampling for --steps=K, 0,1,4 or auto, of a checkpoint's blocks of S."""
     if s.steps == "auto":
         path = find_checkpoint(s.out_dir).with_name("schedules.json")
-        try:
+        with suppress(OSError, ValueError, TypeError, KeyError):
             found = json.loads(path.read_text(encoding="utf-8"))
             weights = torch.tensor(found["excess"], dtype=torch.float64)
-            good = found["digest"] == digest and weights.shape == (2, S, S)
-        except (OSError, ValueError, TypeError, KeyError):
-            good = False
-        if not good or not bool(weights.isfinite().all()):
-            raise SettingsError(f"{path} is missing, or not of this checkpoint and block size: "
-                                f"python eval.py --out_dir={s.out_dir} --schedules=true writes it")
-        return 0, lambda view: plan(predict_excess(weights, features(view).cpu()), s.nats).to(
-            view.masked.device)
-    try:
+            if found["digest"] == digest and weights.shape == (2, S, S):
+                return 0, lambda view: plan(predict_excess(weights, features(view).cpu()), s.nats)
+        raise SettingsError(f"{path} is missing, or not of this checkpoint and block size: "
+                            f"python eval.py --out_dir={s.out_dir} --schedules=true writes it")
+    with suppress(ValueError):
         begin = [int(x) for x in s.steps.split(",")]
-    except ValueError:
-        begin = []
-    if len(begin) == 1:
-        return begin[0], None
-    if not begin or begin[0] or begin != sorted(set(begin)) or begin[-1] >= S:
-        raise SettingsError(f"--steps={s.steps}: give a number of passes, auto, or where passes "
-                            f"begin, rising from 0 and below {S}, as in 0,1,4")
-    cuts = torch.isin(torch.arange(S), torch.tensor(begin))
-    return 0, lambda view: cuts.to(view.masked.device).expand_as(view.masked)
+        if len(begin) == 1:
+            return begin[0], None
+        if begin[0] == 0 and begin == sorted(set(begin)) and begin[-1] < S:
+            cuts = torch.isin(torch.arange(S), torch.tensor(begin))
+            return 0, lambda view: cuts.expand_as(view.masked)
+    raise SettingsError(f"--steps={s.steps}: give a number of passes, auto, or where passes begin, "
+                        f"rising from 0 and below {S}, as in 0,1,4")
 
 
 def options(s, tokenizer):
