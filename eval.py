@@ -47,15 +47,7 @@ from util.display import Progress, chart
 from util.judge import check_vocabulary, judged, load_judge, repetition, token_entropy
 from util.machine import choose_device
 from util.ngram import NGram
-from util.schedules import (
-    allocate,
-    cheapest,
-    equal_cuts,
-    fit_excess,
-    plan,
-    predict_excess,
-    price,
-)
+from util.schedules import allocate, cheapest, equal_cuts, fit_excess, plan, predict_excess, price
 
 # ---- settings ------------------------------------------------------------------------------------
 out_dir = "out/nano"  # or a checkpoint file
@@ -488,11 +480,13 @@ class Evaluation:
         losses, gpt, known = table[..., :S, :S], table[..., S:, :S], table[..., 0, S:]
         fitted, scored = (losses[i::2].flatten(0, 1) for i in (0, 1))
         expected, cuts = cheapest(fitted.mean(dim=0, keepdim=True))
-        row = self.against(price(scored, cuts[0]), expected, cheapest(scored)[0], len(x0) // 2)
+        average, best = price(scored, cuts[0]), cheapest(scored)[0]
+        row = self.against(average, expected, best, len(x0) // 2)
         for K in range(1, S + 1):
             begin = " ".join(str(j) for j in cuts[0, K - 1].nonzero()[:, 0].tolist())
             row(f"equal {K}", K, price(scored, equal_cuts(S)[K - 1 : K]))
-            row(f"average {K}", K, price(scored, cuts[:, K - 1]), begin)
+            row(f"average {K}", K, average[:, K - 1], begin)
+            row(f"oracle's K {K}", K, (allocate(average, K) * average).sum(dim=1))  # cuts: average
             row(f"oracle {K}", K)
         for rule, value in rule_grid(s.rows, c, exact=True):
             if rule != "left_to_right":

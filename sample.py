@@ -55,8 +55,8 @@ branches = 0  # mode verify: for how many numbers of accepted drafts a pass draf
 # mode block
 rule = "confidence"  # random, confidence, threshold, entropy, left_to_right
 steps = "0"  # K, forward passes per block, 1..S; 0 = S. threshold and entropy choose by themselves
-# 0,1,4: left to right, passes begin at these positions; auto: chosen before a block's first draw,
-nats = 0.1  # as few as are expected to lose this much a token, at most, against the GPT level
+# 0,1,4: left to right, passes begin at these positions; auto: as `nats` has it, for each block
+nats = 0.1  # steps=auto: as few passes as are expected to lose no more a token to the GPT level
 temperature = 0.8  # 1 = the trained distribution, 0 = greedy
 top_k = 0  # keep the k most probable tokens; 0 = all
 top_p = 1.0  # keep the most probable tokens up to this much probability

@@ -15,9 +15,7 @@ def equal_cuts(S):
     """(S, S) bool: row K - 1 has K passes as left_to_right has them, ceil(remaining / left)."""
     cuts = torch.zeros(S, S, dtype=torch.bool)
     for K in range(1, S + 1):
-        at = 0
-        for left in range(K, 0, -1):
-            cuts[K - 1, at], at = True, at - (at - S) // left
+        cuts[K - 1, [n * (S // K) + min(n, S % K) for n in range(K)]] = True
     return cuts
 
 
