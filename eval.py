@@ -2,6 +2,7 @@
 
     python eval.py --out_dir=out/nano                     every level, and rules at K passes
     python eval.py --out_dir=out/nano --drafts=true       tokens a pass of mode verify, and controls
+    python eval.py --out_dir=out/nano --schedules=true    what a choice of passes can win at most
     python eval.py --out_dir=out/nano --exact=true        the bound against the truth, S <= 8
     python eval.py --out_dir=out/nano --samples=true --judge=out/judge     quality against speed
     python eval.py --out_dir=out/nano --json=true         one JSON object alone on stdout
@@ -29,22 +30,24 @@ from json import dumps, loads
 from pathlib import Path
 from types import SimpleNamespace
 
-from util.configurator import SettingsError, check_settings, guarded, override, public
+from util.configurator import SettingsError, check_settings, guarded, override, public, writing
 
 # isort: split
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from corrupt import corrupt_all_blocks, head_nll
 from model import left_tokens
-from sample import RULES, View, generate_stream
+from sample import RULES, View, features, generate_stream
 from util.checkpoint import find_checkpoint, load_model
 from util.dataset import DataError, Tokenizer, load_dataset
 from util.display import Progress, chart
 from util.judge import check_vocabulary, judged, load_judge, repetition, token_entropy
 from util.machine import choose_device
 from util.ngram import NGram
+from util.schedules import allocate, cheapest, equal_cuts, fit_excess, plan, predict_excess, price
 
 # ---- settings ------------------------------------------------------------------------------------
 out_dir = "out/nano"  # or a checkpoint file
@@ -56,6 +59,7 @@ ngram = 5  # order of the control; 0: none
 batch = 32  # windows per forward pass
 seed = 0  # of noise, choices and samples
 drafts = False  # instead: what mode verify accepts, at temperature 1
+schedules = False  # instead: passes that begin where it is best, and what an oracle would win
 exact = False  # instead: enumerate all mask sets
 exact_windows = 16
 samples = False  # instead: generate text and have it judged
@@ -278,6 +282,15 @@ def score_noise(score, x0, seed, **how):
     return (nll * noise.weight).view(blocks).sum(-1), noise.mask.view(blocks).sum(-1)
 
 
+def block_logits(model, h, x0, seen):
+    """(B nb, S, V) of blocks whose tokens `seen` (B, N) shows to the local head, from h (B, N, C)
+    of the trunk."""
+    c = model.config
+    if model.local is not None:
+        h = model.local(h, left_tokens(x0, seen, c.block_size, c.local_window, c.mask_id))
+    return model.logits(h).view(-1, c.block_size, c.vocab_size)
+
+
 @torch.no_grad()
 def score_rule(score, x0, rule="left_to_right", value=0, **how):
     """(W,): exact NLL of text written by a deterministic rule, and (W,) passes a token. value: K,
@@ -290,11 +303,6 @@ def score_rule(score, x0, rule="left_to_right", value=0, **how):
     model, c = score.model, score.model.config
     S = c.block_size
 
-    def logits(h, x0, seen):
-        if model.local is not None:
-            h = model.local(h, left_tokens(x0, seen, S, c.local_window, c.mask_id))
-        return model.logits(h).view(-1, S, c.vocab_size)
-
     def replay(x0):
         x0 = x0.to(model.cos.device)
         xt, masked = torch.full_like(x0, c.mask_id), torch.ones_like(x0, dtype=torch.bool)
@@ -303,17 +311,41 @@ def score_rule(score, x0, rule="left_to_right", value=0, **how):
         while bool(masked.any()):
             h = model.stream_trunk(torch.stack([x0, xt]))[-1]
             quota = -(-masked.sum(dim=1) // left)
-            view = View(masked, logits(h, x0, xt), masked.double(), quota, tau=value, gamma=value)
+            view = View(masked, block_logits(model, h, x0, xt), masked.double(), quota, tau=value,
+                        gamma=value)
             now = RULES[rule](view)  # which reads its own of the two at most
             masked, left = masked & ~now, left - 1
             xt = x0.masked_fill(masked.view(x0.shape), c.mask_id)
-            logp = logits(h, x0, xt).double().log_softmax(-1)
+            logp = block_logits(model, h, x0, xt).double().log_softmax(-1)
             logp = logp.gather(-1, x0.view(-1, S, 1))[..., 0] * now
             total = total - logp.view(x0.shape).sum(dim=1)
             passes = passes + now.any(dim=1).view(len(x0), -1).sum(dim=1)
         return torch.stack([total, passes], dim=1) / x0.shape[1]
 
     return in_batches(replay, x0, **how).unbind(dim=1)
+
+
+@torch.no_grad()
+def score_passes(score, x0, batch=32, **how):
+    """(W, nb, S + 1, S + 1): -log p of token i of each block, [..., j, i] in a pass that begins at
+    j <= i and has drawn j..i-1, the text before j visible; [..., S, i] by the GPT level, if there
+    is one; `features` of the first pass in column S. S passes price every schedule from left to
+    right (util/schedules.py)."""
+    model, c = score.model, score.model.config
+    S, N = c.block_size, x0.shape[1]
+    masks = (torch.arange(N) % S >= torch.arange(S)[:, None])[:, None]  # (S, 1, N)
+
+    def work(x):
+        nll, x = token_nll(score, x, masks.expand(-1, len(x), -1)), x.to(model.cos.device)
+        gpt = nll.get("gpt", torch.full_like(nll["joint"][0], math.nan))
+        gpt[:, 0] = nll["joint"][0, :, 0]  # the block level's, as in gpt_nll
+        table = torch.cat([nll["joint"], gpt[None]]).unflatten(-1, (-1, S)).permute(1, 2, 0, 3)
+        h = model.stream_trunk(torch.stack([x, xt := torch.full_like(x, c.mask_id)]))[-1]
+        view = View(xt.view(-1, S) > 0, block_logits(model, h, x, xt), None, None, 0, 0)
+        known = features(view).view(*table.shape[:2], 1, 1).expand(-1, -1, S + 1, -1)
+        return torch.cat([table, known], dim=-1)
+
+    return in_batches(work, x0, batch=max(1, batch // S), **how)
 
 
 def score_exact(score, x0, **how):
@@ -461,6 +493,77 @@ class Evaluation:
             shares = " ".join(f"{x:.2f}" for x in shares)
             self.say(f"{name:16s} {most:6d} {rate:12.3f}   {shares}")
 
+    def schedules(self):
+        """Where a block's passes should begin, and how many: fitted on every other window, scored
+        on the rest; and the oracle, which knows the losses, so that no predictor wins more."""
+        s, c, S = self.s, self.c, self.c.block_size
+        if c.objective == "ar":
+            raise SettingsError("an autoregressive model has no blocks: leave --schedules out")
+        x0 = self.cut(c.seq_len, s.windows or s.rule_windows)
+        if len(x0) < 4:
+            raise SettingsError("--schedules fits on half of the windows: give 4 or more")
+        table = score_passes(self.score, x0, **self.how(len(x0)))
+        losses, gpt, known = table[..., :S, :S], table[..., S:, :S], table[..., 0, S:]
+        fitted, scored = (losses[i::2].flatten(0, 1) for i in (0, 1))
+        expected, cuts = cheapest(fitted.mean(dim=0, keepdim=True))
+        average, best = price(scored, cuts[0]), cheapest(scored)[0]
+        row = self.against(average, expected, best, len(x0) // 2)
+        for K in range(1, S + 1):
+            begin = " ".join(str(j) for j in cuts[0, K - 1].nonzero()[:, 0].tolist())
+            row(f"equal {K}", K, price(scored, equal_cuts(S)[K - 1 : K]))
+            row(f"average {K}", K, average[:, K - 1], begin)
+            row(f"oracle's K {K}", K, (allocate(average, K) * average).sum(dim=1))  # cuts: average
+            row(f"oracle {K}", K)
+        for rule, value in rule_grid(s.rows, c, exact=True):
+            if rule != "left_to_right":
+                text, how = x0[1::2].contiguous(), self.how(len(x0) // 2)
+                nll, passes = score_rule(self.score, text, rule, value, **how)
+                row(f"{rule} {value:g}", passes.mean().item() * S, nll * c.seq_len)
+        if c.context == "block":  # steps=auto goes by what is lost against the GPT level
+            return
+        row("gpt", S, gpt[1::2])
+        weights = fit_excess((losses - gpt)[::2].flatten(0, 1), known[::2].flatten(0, 1))
+        excess = predict_excess(weights, known[1::2].flatten(0, 1))
+        levels = (expected[0] / S - gpt[::2].mean()).tolist()  # what average cuts lose, for each K
+        for nats in sorted({round(x, 3) for x in levels}, reverse=True):
+            chosen = plan(excess, nats)[:, None]
+            passes = chosen.sum(dim=-1).double().mean().item()
+            row(f"plan {nats:g}", passes, price(scored, chosen))
+        path = find_checkpoint(s.out_dir).with_name("schedules.json")
+        with writing(path):
+            path.write_text(dumps({"digest": self.state["digest"], "excess": weights.tolist()}))
+        self.say(f"\nfor sample.py --mode=block --steps=auto: {path}")
+
+    def against(self, average, expected, best, count):
+        """row(method, passes a block, NLL of `count` windows): say a method beside average cuts of
+        as many passes, and how many the oracle needs for its NLL; without one, the oracle itself.
+        average, best (b, S): each block's NLL in K passes; expected (1, S): by which K is chosen.
+        """
+        def windows(nll):  # (count,), nats per token
+            return nll.reshape(count, -1).sum(dim=1) / self.c.seq_len
+
+        def oracle(passes):
+            return windows((allocate(best, passes) * best).sum(dim=1))
+
+        grid = [1 + i / 4 for i in range(4 * best.shape[1] - 3)]
+        curve = torch.stack([oracle(passes).mean() for passes in grid])
+        falls = int((curve > curve[-1] + 1e-9).sum()) + 1
+
+        def row(method, passes, nll=None, cuts=""):
+            nll = oracle(passes) if nll is None else windows(nll)
+            ahead = nll - windows((allocate(expected, passes) * average).sum(dim=1))
+            least = np.interp(-nll.mean(), -curve[:falls], grid[:falls], right=math.nan).item()
+            found = {"method": method, "passes": passes, "nll": nll.mean().item(),
+                     "nll_error": window_error(nll), "against_average": ahead.mean().item(),
+                     "against_error": window_error(ahead), "oracle_passes": least, "cuts": cuts}
+            self.table.append(found)
+            self.say("{:16s} {:7.3f}   {:.4f} +- {:.4f}   {:+.4f} +- {:.4f}   {:7.3f}   {}".format(
+                *found.values()).replace("nan", "  -"))
+
+        self.say("\nmethod           passes   nats/token          against average     oracle's   "
+                 "cuts\n                 a block                       cuts, as many      passes")
+        return row
+
     def exact(self):
         """The bound by enumeration, how loose it is, and whether the estimate finds it."""
         s, S = self.s, self.c.block_size
@@ -581,7 +684,7 @@ def append_csv(path, table):
 def main(argv):
     s = SimpleNamespace(**override(DEFAULTS, argv))
     check_settings(s, {}, RANGES)
-    asked = [job for job in ("drafts", "exact", "samples") if getattr(s, job)]
+    asked = [job for job in ("drafts", "schedules", "exact", "samples") if getattr(s, job)]
     if len(asked) > 1:
         raise SettingsError(f"one at a time: --{' or --'.join(asked)}")
     evaluation, job = Evaluation(s), (asked or ["likelihood"])[0]

@@ -3,6 +3,7 @@
     python sample.py                                        from nothing, the nano of train.py
     python sample.py --prompt="KING." --mode=gpt            a token a pass, the same distribution
     python sample.py --mode=block --steps=2                 the block level, two passes a block
+    python sample.py --mode=block --steps=0,1,4             the same, passes begin where it says
     python sample.py --prompt=FILE:path                     a prompt from a file; "-" is stdin
     python sample.py --num_samples=4 --delay=0.1 | cat      in a pipe: plain text only
 
@@ -19,11 +20,12 @@ NFE counts forward passes of the network. A prompt is read by a pass of its own;
 committed by the first pass of the next one, so a block costs K passes.
 """
 
+import json
 import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,10 +37,11 @@ import torch
 import torch.nn.functional as F
 
 from model import build_block_causal_mask, wanted_dtype
-from util.checkpoint import load_model
+from util.checkpoint import find_checkpoint, load_model
 from util.dataset import Tokenizer
 from util.display import Display, printable
 from util.machine import autocast, choose_device, choose_dtype
+from util.schedules import plan, predict_excess
 
 # ---- settings ----------------------------------------------------------------------------------
 out_dir = "out/nano"  # or a checkpoint file
@@ -51,7 +54,9 @@ branches = 0  # mode verify: for how many numbers of accepted drafts a pass draf
 # with several samples on a CPU for none: a second pass drafts instead, which is faster there
 # mode block
 rule = "confidence"  # random, confidence, threshold, entropy, left_to_right
-steps = 0  # K, forward passes per block, 1..S; 0 = S. threshold and entropy choose by themselves
+steps = "0"  # K, forward passes per block, 1..S; 0 = S. threshold and entropy choose by themselves
+# 0,1,4: left to right, passes begin at these positions; auto: as `nats` has it, for each block
+nats = 0.1  # steps=auto: as few passes as are expected to lose no more a token to the GPT level
 temperature = 0.8  # 1 = the trained distribution, 0 = greedy
 top_k = 0  # keep the k most probable tokens; 0 = all
 top_p = 1.0  # keep the most probable tokens up to this much probability
@@ -270,6 +275,7 @@ class Sampling:
     branches: int = 0  # verify: numbers of accepted drafts for which a pass drafts on; 0: auto
     rule: str = "confidence"
     steps: int = 0  # K, passes per block; 0 = S
+    plan: object = None  # or: View of a block's first pass -> cuts (B, S) bool, where passes begin
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -511,7 +517,7 @@ def write_blocks(w):
         block = w.at(start, S)  # a finished row goes on, unseen
         order = torch.rand(block.shape, generator=w.generator, dtype=torch.float64,
                            device=block.device)
-        passes_left = S if o.rule in ("threshold", "entropy") else o.steps
+        passes_left = S if o.plan or o.rule in ("threshold", "entropy") else o.steps
         masked = block == mask_id
         while bool(masked.any()):
             tokens = torch.cat([w.at(start - carry, carry), block], dim=1)
@@ -521,7 +527,12 @@ def write_blocks(w):
             if passes_left > 1:
                 quota = -(-masked.sum(dim=1) // passes_left)
                 view = View(masked, w.logits(h, start, block), order, quota, o.tau, o.gamma)
-                new = RULES[o.rule](view)
+                if o.plan and passes_left == S:
+                    run = o.plan(view).to(masked.device).cumsum(dim=1)  # each position's pass
+                if o.plan:
+                    new = masked & (run == run.masked_fill(~masked, S + 1).amin(1, keepdim=True))
+                else:
+                    new = RULES[o.rule](view)
             block, _ = w.draw_pass(h, start, block, new)
             masked, passes_left = block == mask_id, passes_left - 1
             if not bool(masked.any()):
@@ -664,7 +675,35 @@ def load(s):
                 "hurts its text: leave --block_size out, or insist with --any_block_size=true"
             )
         model.config = replace(model.config, block_size=s.block_size)
+    s.steps, s.plan = read_steps(s, model.config.block_size, state["digest"])
     return model, Tokenizer.from_meta(state["meta"])
+
+
+def features(view):
+    """(B, 1): what a block's first pass tells of its losses, the mean entropy."""
+    return view.entropy().mean(dim=1, keepdim=True)
+
+
+def read_steps(s, S, digest):
+    """(steps, plan) of Sampling for --steps=K, 0,1,4 or auto, of a checkpoint's blocks of S."""
+    if s.steps == "auto":
+        path = find_checkpoint(s.out_dir).with_name("schedules.json")
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            found = json.loads(path.read_text(encoding="utf-8"))
+            weights = torch.tensor(found["excess"], dtype=torch.float64)
+            if found["digest"] == digest and weights.shape == (2, S, S):
+                return 0, lambda view: plan(predict_excess(weights, features(view).cpu()), s.nats)
+        raise SettingsError(f"{path} is missing, or not of this checkpoint and block size: "
+                            f"python eval.py --out_dir={s.out_dir} --schedules=true writes it")
+    with suppress(ValueError):
+        begin = [int(x) for x in s.steps.split(",")]
+        if len(begin) == 1:
+            return begin[0], None
+        if begin[0] == 0 and begin == sorted(set(begin)) and begin[-1] < S:
+            cuts = torch.isin(torch.arange(S), torch.tensor(begin))
+            return 0, lambda view: cuts.expand_as(view.masked)
+    raise SettingsError(f"--steps={s.steps}: give a number of passes, auto, or where passes begin, "
+                        f"rising from 0 and below {S}, as in 0,1,4")
 
 
 def options(s, tokenizer):
@@ -672,14 +711,14 @@ def options(s, tokenizer):
     stop_ids = tokenizer.encode(s.stop)
     if len(stop_ids) > 1:
         raise SettingsError(f"--stop={s.stop!r} is {len(stop_ids)} tokens, not one")
-    names = ("mode", "drafts", "branches", "rule", "steps", "temperature", "top_k", "top_p",
+    names = ("mode", "drafts", "branches", "rule", "steps", "plan", "temperature", "top_k", "top_p",
              "tau", "gamma", "seed")
     return {name: getattr(s, name) for name in names} | {
         "stop_token": stop_ids[0] if stop_ids else None
     }
 
 
-RANGES = {"num_samples": (1, 10**6), "delay": (0, 3600), "seed": (0, 2**63 - 1)}
+RANGES = {"num_samples": (1, 10**6), "nats": (0, 1e3), "delay": (0, 3600), "seed": (0, 2**63 - 1)}
 
 
 @guarded

@@ -66,7 +66,7 @@ from tests.common import (
     within,
     write_dataset,
 )
-from util import checkpoint, dataset, judge, kernels, machine, optim
+from util import checkpoint, dataset, judge, kernels, machine, optim, schedules
 from util.ngram import NGram
 
 # ---- the oracle and the masks --------------------------------------------------------------------
@@ -2285,6 +2285,112 @@ def test_eval_judge():
     wanted = np.std([0, 1, -1], ddof=1) / math.sqrt(3) / 3
     assert abs(said["judge_error"] - wanted) < 1e-12
     return within(worst, 1e-5)
+
+
+def every_cuts(S):
+    """All 2^(S - 1) schedules of a block of S, (n, S) bool."""
+    return torch.tensor([(True, *rest) for rest in itertools.product((False, True), repeat=S - 1)])
+
+
+def cost(losses, cuts):
+    """The NLL of one block, losses (S, S), in plain loops."""
+    total, begin = 0.0, 0
+    for i, cut in enumerate(cuts):
+        begin = i if cut else begin
+        total += losses[begin][i]
+    return total
+
+
+def test_schedules_by_brute_force():
+    """Prices, the dynamic program, plans and allocations against all 2^(S - 1) schedules of every
+    block; NaN where nothing may be read."""
+    S, b = 5, 4
+    losses = torch.rand(b, S, S, dtype=torch.float64, generator=generator()) ** 2
+    losses[:, *torch.ones(S, S).tril(-1).bool().nonzero().T] = math.nan
+    every = every_cuts(S)
+    truth = torch.tensor([[cost(x, cuts) for cuts in every.tolist()] for x in losses.tolist()])
+    best, cuts = schedules.cheapest(losses)
+    off = diff(schedules.price(losses, every), truth)
+    off = max(off, diff(schedules.price(losses, cuts), best))
+    assert (cuts.sum(-1) == torch.arange(1, S + 1)).all() and cuts[..., 0].all()
+    least = torch.stack([truth[:, every.sum(1) == K].amin(1) for K in range(1, S + 1)], dim=1)
+    off = max(off, diff(best, least))
+    for K in range(1, S + 1):  # equal cuts are the rule's
+        masked, wanted = torch.ones(1, S, dtype=torch.bool), torch.zeros(S, dtype=torch.bool)
+        for left in range(K, 0, -1):
+            wanted[masked[0].nonzero()[0]] = True
+            quota = -(-masked.sum(1) // left)
+            masked &= ~sample.left_to_right(sample.View(masked, None, None, quota, 0, 0))
+        assert torch.equal(schedules.equal_cuts(S)[K - 1], wanted), (K, wanted)
+    for nats in torch.linspace(0, 1, 21).tolist():
+        for row, chosen in zip(truth, schedules.plan(losses, nats), strict=True):
+            pairs = list(zip(every.sum(1).tolist(), row.tolist(), strict=True))  # (passes, NLL)
+            fits = [pair for pair in pairs if pair[1] <= nats * S]
+            fits = fits or [min(pairs, key=lambda pair: pair[1])]
+            assert int(chosen.sum()) == min(fits)[0], (nats, chosen, min(fits))
+            at = row[(every == chosen).all(1)].item()
+            off = max(off, abs(at - min(fits)[1]))
+    # the frontier: the lower convex hull of all allocations of whole passes
+    points = [(sum(K) / b + 1, sum(best[i, k].item() for i, k in enumerate(K)))
+              for K in itertools.product(range(S), repeat=b)]
+    lowest = [min(n for p, n in points if abs(p - m / b) < 1e-9) for m in range(b, S * b + 1)]
+    for passes in (1.0, 1.3, 2.0, 2.75, 4.0, 5.0):
+        share = schedules.allocate(best, passes)
+        spent = (share * torch.arange(1, S + 1)).sum().item() / b
+        assert spent <= passes + 1e-9 and diff(share.sum(1), torch.ones(b).double()) < 1e-12
+        hull, at = math.inf, passes * b - b
+        for i, j in itertools.combinations_with_replacement(range(len(lowest)), 2):
+            if i <= at + 1e-9 and (i == j or at <= j):
+                hull = min(hull, lowest[i] + (lowest[j] - lowest[i]) * (at - i) / max(1, j - i))
+        off = max(off, abs((share * best).sum().item() - hull))
+    features = torch.rand(9, 2, generator=generator(1)).double()
+    weights = torch.rand(3, S, S, generator=generator(2)).double()
+    excess = schedules.predict_excess(weights, features)
+    by_hand = weights[0] + features[4, 0] * weights[1] + features[4, 1] * weights[2]
+    off = max(off, diff(excess[4], by_hand), diff(schedules.fit_excess(excess, features), weights))
+    off = max(off, diff(schedules.fit_excess(excess, features[:, :0])[0], excess.mean(0)))
+    return within(off, 1e-6, f"{len(every)} schedules, {len(points)} allocations, max|diff|")
+
+
+def test_schedules_are_the_sampler():
+    """One table of S passes prices left_to_right at every K as its replay does; and what a sampler
+    writes with cuts of its own for each row and block, by the probabilities that it drew from."""
+    worst = count = 0
+    for shape in (GQA, BLOCK, MHA, {**GQA, "block_size": 8}):
+        net, chosen, logp = tiny_model(**shape), [], torch.zeros(3, dtype=torch.float64)
+        S, cut, draw_pass = net.config.block_size, generator(7), sample.Writer.draw_pass
+
+        def chooses(view):
+            assert view.masked.all()  # noqa: B023
+            cuts = torch.rand(view.masked.shape, generator=cut) < 0.4  # noqa: B023
+            cuts[:, 0] = True
+            chosen.append(cuts)  # noqa: B023
+            return cuts
+
+        def spy(w, h, start, block, reveal):
+            block, p = draw_pass(w, h, start, block, reveal)  # noqa: B023
+            at = p.gather(-1, block.clamp(max=10)[..., None])[..., 0]
+            logp.add_((at.log() * reveal).masked_fill(~reveal, 0).sum(dim=1))  # noqa: B023
+            return block, p
+
+        with mock.patch.object(sample.Writer, "draw_pass", spy):
+            *_, last = sample.generate_stream(net, [[]] * 3, 32, mode="block", seed=5, plan=chooses)
+        x0, score = torch.tensor(last.rows()), Score(net)
+        assert last.nfe == sum(int(c.sum(1).max()) for c in chosen), "more passes than planned"
+        table = evaluation.score_passes(score, x0, batch=2)[..., :S]  # (W, nb, S + 1, S)
+        cuts = torch.stack(chosen, dim=1).flatten(0, 1)[:, None]  # as the blocks lie in a row
+        blocks = table[:, :, :S].flatten(0, 1)
+        worst = max(worst, diff(schedules.price(blocks, cuts).view(3, -1).sum(1), -logp))
+        for K in range(1, S + 1):
+            nll = schedules.price(blocks, schedules.equal_cuts(S)[K - 1 : K]).view(3, -1).sum(1)
+            worst = max(worst, diff(nll, 32 * evaluation.score_rule(score, x0, value=K)[0]))
+        if net.config.context == "causal":
+            nll = table[:, :, S].flatten(1).mean(1)
+            worst = max(worst, diff(nll, evaluation.score_gpt(score, x0)))
+        else:
+            assert table[:, :, S].flatten(1)[:, 1:].isnan().all()
+        count += int(cuts.sum())
+    return within(worst, 1e-5, f"{count} passes drawn, max|diff|")
 
 
 # ---- the runner ----------------------------------------------------------------------------------

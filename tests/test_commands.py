@@ -43,7 +43,7 @@ from tests.common import (
 )
 from tests.test_terminal import pictured
 from tools import animate, plot
-from util import checkpoint, configurator, dataset, judge
+from util import checkpoint, configurator, dataset, judge, schedules
 from util.dataset import CharTokenizer
 from util.display import BRIGHT, DIM, OWN, PLAIN
 from util.machine import Processes
@@ -267,6 +267,54 @@ def test_eval_jobs():
     return within(off, 1e-6, "exact, accepted and judged figures, max|diff|")
 
 
+def test_eval_schedules():
+    """--schedules: what is scored was not fitted on, the oracle is ahead, and decoding goes by the
+    file that it writes, which fits one checkpoint alone."""
+    folder, _ = trained()
+    run = Path(tempfile.mkdtemp(dir=folder))
+    shutil.copy(checkpoint.find_checkpoint(folder / "S4"), run / "last.pt")
+    argv = [f"--out_dir={run}", "--schedules=true", "--windows=21", "--rows=confidence:2"]
+    decode = [f"--out_dir={run}", "--mode=block", "--max_new_tokens=9", "--steps=auto"]
+    refuses_command(sample, decode, "schedules.json is missing", "--schedules=true")
+    rows = run_json(evaluation, *argv)["rows"]
+    said = succeeds(evaluation, *argv)
+    assert "plan" in said and str(run / "schedules.json") in said, said
+    found = {r["method"]: r for r in rows}
+    score = evaluation.Score(checkpoint.load_model(run)[0])
+    x0 = windows_of(folder, 21)
+    losses = evaluation.score_passes(score, x0)[:, :, :4, :4]
+    cuts = schedules.cheapest(losses[::2].flatten(0, 1).mean(0, keepdim=True))[1][:, 1]
+    average = schedules.price(losses[1::2].flatten(0, 1), cuts).view(10, -1).sum(1) / 16
+    assert found["average 2"]["cuts"] == " ".join(map(str, cuts[0].nonzero()[:, 0].tolist()))
+    nll, _ = evaluation.score_rule(score, x0[1::2].contiguous(), "confidence", 2)
+    each = {"average 2": average, "confidence 2": nll}
+    off = max(abs(found[name]["nll"] - x.mean().item()) for name, x in each.items())
+    apart = nll - average  # K = 2 of average cuts, or a mix of others that the fit prefers
+    off = max(off, abs(found["confidence 2"]["nll"] - found["confidence 2"]["against_average"]
+                       + found["average 2"]["against_average"] - average.mean().item()))
+    assert 0 < found["confidence 2"]["against_error"] < 3 * evaluation.window_error(apart)
+    for K in range(1, 5):
+        best, mean = found[f"oracle {K}"], found[f"average {K}"]
+        assert best["nll"] <= mean["nll"] + 1e-9 and mean["oracle_passes"] <= K + 1e-9, (K, best)
+    assert found["oracle 2"]["against_average"] < 0
+    for steps in (["--steps=auto", "--nats=9"], ["--steps=0"], ["--steps=0,2"]):
+        *_, step = call_steps(decode[:-1] + steps)
+        assert step.nfe == {"--nats=9": 3, "--steps=0": 12, "--steps=0,2": 6}[steps[-1]], steps
+    block = [f"--out_dir={folder}/block", *argv[1:]]
+    assert "plan" not in succeeds(evaluation, *block)
+    assert not (folder / "block" / "schedules.json").exists()
+    shutil.copy(checkpoint.find_checkpoint(folder / "block"), run / "last.pt")
+    refuses_command(sample, decode, "not of this checkpoint", "--schedules=true")
+    return within(off, 1e-6, "table of 21 windows, max|diff|")
+
+
+def call_steps(argv):
+    """The steps of sample.py's generation, started as its main does."""
+    s = SimpleNamespace(**configurator.override(sample.DEFAULTS, argv))
+    net, tokenizer = sample.load(s)
+    return sample.generate_stream(net, [[]], s.max_new_tokens, **sample.options(s, tokenizer))
+
+
 def test_eval_hugging_face_judge():
     """A local GPT-2 of random weights and its own vocabulary, against a loop over its tokens."""
     try:
@@ -425,7 +473,9 @@ FRESH = "--dataset=./ --out_dir=fresh --device=cpu --seq_len=16 --block_size=4 -
 DECODE = "decode --tokens=4 --windows=4 --device=cpu"
 MISTAKES = (  # script, what all its lines begin with, (the rest of a line, words of the answer)
     (sample, "--out_dir=S4", (
-        ("--steps=5", "steps", "1..4"), ("--tau=1.5", "tau"), ("--num_samples=0", "num_samples"),
+        ("--steps=5", "steps", "1..4"), ("--tau=1.5", "tau"), ("--steps=x", "as in 0,1,4"),
+        ("--steps=1,2", "from 0"), ("--steps=0,2,2", "from 0"), ("--steps=0,4", "below 4"),
+        ("--num_samples=0", "num_samples"),
         ("--prompt=Caps", "'Cps"), ("--stop=ab", "ab"), ("--stop=Z", "Z"), ("--prompt=-", "U"),
         ("--prompt=FILE:no", "No such file"), ("--prompt=FILE:S4", "directory"),
         ("--prompt=FILE:bytes.txt", "UTF-8"), ("--delay=-1", "delay"), ("--delay=nan", "delay"),
@@ -463,7 +513,9 @@ MISTAKES = (  # script, what all its lines begin with, (the rest of a line, word
         ("--rows=random:5", "1..4"), ("--sample_tokens=2000", "1003 tokens"))),
     (evaluation, "", (
         ("--out_dir=block --drafts=true", "context block"), ("--out_dir=orphan", "--dataset"),
-        ("--out_dir=ar --drafts=true", "mode gpt"), ("--out_dir=ar --exact=true", "exact out"),
+        ("--out_dir=ar --drafts=true", "mode gpt"), ("--out_dir=ar --schedules=true", "no blocks"),
+        ("--out_dir=S4 --schedules=true --windows=3", "4 or more"),
+        ("--out_dir=ar --exact=true", "exact out"),
         ("--out_dir=wide --exact=true", "1,023", "left_to_right"),
         ("--out_dir=long", "1003 tokens", "window of 4002"),
         ("--out_dir=foreign", "another vocabulary", "char, 7"),
