@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from corrupt import corrupt_all_blocks, head_nll
+from corrupt import corrupt_all_blocks, head_nll, head_overlap
 from model import left_tokens
 from sample import RULES, View, generate_stream
 from util.checkpoint import find_checkpoint, load_model
@@ -75,6 +75,7 @@ RANGES = {
 }
 KNOBS = {"threshold": "tau", "entropy": "gamma"}  # what sets an adaptive rule; the others: steps
 
+SPARSE = 5  # the head's products for what is accepted are dear: of every fifth masked token alone
 NGRAM_TOKENS = 10**7  # the control counts no more than these: its tables stay in memory
 
 # ---- scoring -------------------------------------------------------------------------------------
@@ -100,18 +101,20 @@ class Score(nn.Module):
         self.model, self.joint_target = model, joint_target
 
     def forward(self, x0, xt, index):
-        """(gpt, single, joint), float32, of tokens x0 (B, N) and noisy copies xt (copies, B, N),
+        """(gpt, single, joint, accept), float32, of tokens x0 (B, N) and noisy copies xt (copies, B, N),
         whose positions `index` (M,), flat, are masked:
 
         gpt     (B (N - 1),)  of tokens 1.. of each row by the GPT level; None without one
         single  (M,)          of the masked tokens, each by itself: the others are [MASK] to it
         joint   (M,)          of the masked tokens drawn in one pass, left to right through the
                               local head; without one, `single`
+        accept  (M / SPARSE,) cross-entropy of the local head's estimates of what the GPT level
+                              accepts, of every fifth masked token; None where nothing trains them
 
         xt (B, N) is a stream by itself: of `corrupt_target_block`, or what objective "ar" reads.
         """
         c, model, head, N = self.model.config, self.model, self.model.head_weight(), x0.shape[1]
-        gpt, teacher, targets = None, None, x0.expand_as(xt).flatten()[index]
+        gpt, teacher, accept, targets = None, None, None, x0.expand_as(xt).flatten()[index]
         streams = xt[None] if xt.ndim == 2 else torch.cat([x0[None], xt])
         if xt.ndim == 2 or c.context == "block":
             h = model.stream_trunk(streams, index)
@@ -123,18 +126,27 @@ class Score(nn.Module):
             gpt = head_nll(clean, head, x0[:, 1:].flatten())
         if model.local is None:
             single = head_nll(model.norm(h), head, targets)
-            return gpt, single, single
+            return gpt, single, single, None
+        # what predicts token i stands at i - 1; nothing for i = 0
+        row = index % x0.numel()
+        before, known = (row - row // N - 1).clamp(min=0), index % N > 0
         if self.joint_target == "gpt" and torch.is_grad_enabled():  # evaluation is of the text
-            # what predicts token i stands at i - 1; nothing for i = 0
-            row = index % x0.numel()
-            teacher = clean.detach()[(row - row // N - 1).clamp(min=0)]
+            teacher = clean.detach()[before]
         ready, nll = model.local.ready(h), []
         for inside, soft in ((xt, None), (x0.expand_as(xt), teacher)):
             left = left_tokens(x0, inside, c.block_size, c.local_window, c.mask_id)
-            drawn = model.local(h, left.flatten(0, -2)[index], ready)
-            nll.append(head_nll(model.norm(drawn), head, targets, soft))
+            hidden = model.local.hidden(h, left.flatten(0, -2)[index], ready)
+            drawn = model.norm(h + model.local.down(hidden))
+            nll.append(head_nll(drawn, head, targets, soft))
         single, joint = nll
-        return gpt, single, joint if teacher is None else torch.where(index % N > 0, joint, single)
+        if c.acceptance and torch.is_grad_enabled():
+            some = slice(None, None, SPARSE)
+            label = head_overlap(clean[before[some]], drawn[some], head)
+            logit = model.local.acceptance(hidden[some])
+            accept = F.binary_cross_entropy_with_logits(logit, label, known[some].float(),
+                                                        reduction="none")
+        joint = joint if teacher is None else torch.where(known, joint, single)
+        return gpt, single, joint, accept
 
 
 @torch.no_grad()
@@ -150,7 +162,7 @@ def token_nll(score, x0, masks):
         every = torch.arange(x0.numel(), device=where)
         return {"gpt": score(x0, ar_input(x0, c.mask_id), every)[1].double().view(x0.shape)}
     index = masks.flatten().nonzero()[:, 0]
-    gpt, *nll = score(x0, x0.expand_as(masks).masked_fill(masks, c.mask_id), index)
+    gpt, *nll, _ = score(x0, x0.expand_as(masks).masked_fill(masks, c.mask_id), index)
     found = {} if gpt is None else {"gpt": F.pad(gpt.double().view(len(x0), -1), (1, 0))}
     for name, each in zip(("single", "joint"), nll, strict=True):
         found[name] = torch.zeros(masks.shape, dtype=torch.float64, device=where)

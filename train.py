@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from corrupt import SCHEDULES, WEIGHTINGS, Rates, corrupt_all_blocks, corrupt_target_block
-from eval import Score, ar_input, evaluate, step_generator
+from eval import SPARSE, Score, ar_input, evaluate, step_generator
 from model import CascadeConfig, CascadeLM
 from sample import DEFAULTS as SAMPLE
 from sample import generate_stream
@@ -72,6 +72,7 @@ qk_norm = True
 context = "causal"  # the clean stream is a GPT; or "block", as in BD3-LM
 local_window = 4  # w, left tokens that the local head sees; 0: no local head
 local_hidden = 0  # width of the local head; 0: twice n_embd
+acceptance = True  # with a GPT level and a local head: it learns to tell what the former accepts
 # the loss: bound + gpt_weight * next-token NLL + joint_weight * NLL of joint passes
 gpt_weight = 3.0
 joint_weight = 2.0
@@ -322,11 +323,15 @@ class Run:
         """The terms of the loss that `weights` names, in nats per token, of a micro-batch."""
         *inputs, weight, share = (t.to(self.s.device, non_blocking=True) for t in batch)
         with autocast(self.s):
-            gpt, single, joint = score(*inputs)
+            gpt, single, joint, accept = score(*inputs)
             found = {"bound": (single * weight).sum(), "joint": (joint * share).sum()}
             found["gpt"] = found["bound"] if gpt is None else (  # of objective "ar"
                 gpt.sum() / (self.s.batch_size * (self.s.seq_len - 1)))
-            return torch.stack([found[name] for name in self.weights])
+            terms = torch.stack([found[name] for name in self.weights])
+            if accept is not None:  # x - x: a gradient, and nothing to what is reported
+                accept = (accept * share[::SPARSE]).sum()
+                terms = terms + (accept - accept.detach())
+            return terms
 
     def train_step(self, progress):
         """One optimizer step; returns this process's share of the `terms` of the loss."""
@@ -346,7 +351,9 @@ class Run:
                 # gradients are averaged over processes; the terms are over the global batch already
                 (terms @ weights * world).backward()
             total += terms.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
+        # without the acceptance output, whose gradients are not to scale the others'
+        clipped = [p for name, p in self.model.named_parameters() if ".accept." not in name]
+        norm = nn.utils.clip_grad_norm_(clipped, s.grad_clip or math.inf)
         self.norms += whole(norm)
         if s.device == "cpu":  # a GPU would make the host wait in every step
             self.check_finite("gradient", self.norms)
