@@ -101,8 +101,8 @@ class Score(nn.Module):
         self.model, self.joint_target = model, joint_target
 
     def forward(self, x0, xt, index):
-        """(gpt, single, joint, accept), float32, of tokens x0 (B, N) and noisy copies xt (copies, B, N),
-        whose positions `index` (M,), flat, are masked:
+        """(gpt, single, joint, accept), float32, of tokens x0 (B, N) and noisy copies xt
+        (copies, B, N), whose positions `index` (M,), flat, are masked:
 
         gpt     (B (N - 1),)  of tokens 1.. of each row by the GPT level; None without one
         single  (M,)          of the masked tokens, each by itself: the others are [MASK] to it
