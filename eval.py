@@ -75,7 +75,6 @@ RANGES = {
 }
 KNOBS = {"threshold": "tau", "entropy": "gamma"}  # what sets an adaptive rule; the others: steps
 
-SPARSE = 5  # the head's products for what is accepted are dear: of every fifth masked token alone
 NGRAM_TOKENS = 10**7  # the control counts no more than these: its tables stay in memory
 
 # ---- scoring -------------------------------------------------------------------------------------
@@ -100,7 +99,7 @@ class Score(nn.Module):
         super().__init__()
         self.model, self.joint_target = model, joint_target
 
-    def forward(self, x0, xt, index):
+    def forward(self, x0, xt, index, drafted=None):
         """(gpt, single, joint, accept), float32, of tokens x0 (B, N) and noisy copies xt
         (copies, B, N), whose positions `index` (M,), flat, are masked:
 
@@ -108,8 +107,8 @@ class Score(nn.Module):
         single  (M,)          of the masked tokens, each by itself: the others are [MASK] to it
         joint   (M,)          of the masked tokens drawn in one pass, left to right through the
                               local head; without one, `single`
-        accept  (M / SPARSE,) cross-entropy of the local head's estimates of what the GPT level
-                              accepts, of every fifth masked token; None where nothing trains them
+        accept  (A,)          cross-entropy of the local head's estimates of what the GPT level
+                              accepts, of the masked tokens drafted (A,), ranks in `index`; or None
 
         xt (B, N) is a stream by itself: of `corrupt_target_block`, or what objective "ar" reads.
         """
@@ -139,12 +138,10 @@ class Score(nn.Module):
             drawn = model.norm(h + model.local.down(hidden))
             nll.append(head_nll(drawn, head, targets, soft))
         single, joint = nll
-        if c.acceptance and torch.is_grad_enabled():
-            some = slice(None, None, SPARSE)
-            label = head_overlap(clean[before[some]], drawn[some], head)
-            logit = model.local.acceptance(hidden[some])
-            accept = F.binary_cross_entropy_with_logits(logit, label, known[some].float(),
-                                                        reduction="none")
+        if c.acceptance and drafted is not None:
+            label = head_overlap(clean[before[drafted]], drawn[drafted], head)
+            logit = model.local.acceptance(hidden[drafted])
+            accept = F.binary_cross_entropy_with_logits(logit, label, reduction="none")
         joint = joint if teacher is None else torch.where(known, joint, single)
         return gpt, single, joint, accept
 
@@ -326,6 +323,26 @@ def score_exact(score, x0, **how):
         if k == S - inside[0]:  # all positions from the first on: a condition of the chain rule
             ltr += nll[..., inside[0]] / S
     return tuple(x.mean(dim=1) for x in (bound, -log_f[2**S - 1] / S, ltr))
+
+
+@torch.no_grad()
+def acceptance(score, x0):
+    """(estimates, labels), each (W, N - 1): what the local head thinks that the GPT level accepts
+    of a joint pass at tokens 1.. of windows x0 (W, N), and 1 - TV of the two distributions."""
+    model, c = score.model, score.model.config
+    x0 = x0.to(model.cos.device)
+    clean, h = model.stream_trunk(torch.stack([x0, torch.full_like(x0, c.mask_id)]))
+    hidden = model.local.hidden(h, left_tokens(x0, x0, c.block_size, c.local_window, c.mask_id))
+    p, q = (model.logits(x).softmax(-1) for x in (clean, h + model.local.down(hidden)))
+    label = torch.minimum(p[:, :-1], q[:, 1:]).sum(-1)
+    return model.local.acceptance(hidden)[:, 1:].sigmoid(), label
+
+
+def calibration_error(estimate, label):
+    """Expected calibration error over ten bins of the estimates."""
+    ranked = (10 * estimate.flatten()).long().clamp(max=9)
+    off = torch.bincount(ranked, (estimate - label).flatten().double(), minlength=10)
+    return off.abs().sum().item() / ranked.numel()
 
 
 # ---- the jobs ------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from corrupt import SCHEDULES, WEIGHTINGS, Rates, corrupt_all_blocks, corrupt_target_block
-from eval import SPARSE, Score, ar_input, evaluate, step_generator
+from eval import Score, ar_input, evaluate, step_generator
 from model import CascadeConfig, CascadeLM
 from sample import DEFAULTS as SAMPLE
 from sample import generate_stream
@@ -169,9 +169,10 @@ def rates(s):
 def micro_batches(s, mask_id, split, step, rank, world):
     """This process's share of a step's global batch, cut into micro-batches, on the CPU.
 
-    A list of (x0, xt, index, weight, share): clean and noisy tokens, the positions with a loss,
-    flat in xt (see `Score`), and their weights in the bound and in the joint NLL, (M,) each; both
-    add up to means over the global batch. All is drawn for the global batch, then sliced.
+    A list of (x0, xt, index, drafted, weight, share): clean and noisy tokens, the positions with a
+    loss, flat in xt (see `Score`), which of these train the acceptance, and their weights in the
+    bound and in the joint NLL, (M,) each; both add up to means over the global batch. All is drawn
+    for the global batch, then sliced.
     """
     generator = step_generator(s.seed, step)
     starts = torch.randint(len(split) - s.seq_len + 1, (s.batch_size,), generator=generator)
@@ -194,11 +195,16 @@ def micro_batches(s, mask_id, split, step, rank, world):
         xt = x0.expand_as(mask).masked_fill(mask, mask_id)
     k = mask.unflatten(-1, (-1, s.block_size)).sum(dim=-1).clamp(min=1)
     share = (1 / k).repeat_interleave(s.block_size, dim=-1)  # a mean over each block
-    whole, out = (x0, xt, mask, weight / blocks, share / blocks), []
+    # drafts stand in blocks masked completely; a fifth of them, of every rank, costs little
+    n = torch.arange(s.seq_len)
+    some = (n > 0) & ((n // s.block_size + n % s.block_size) % 5 == 0)
+    some = some & (k == s.block_size).repeat_interleave(s.block_size, dim=-1)
+    whole, out = (x0, xt, mask, some, weight / blocks, share / blocks), []
     parts = (t.split(s.micro_batch or part, dim=-2) for t in whole)
-    for x0, xt, mask, *weights in zip(*parts, strict=True):
+    for x0, xt, mask, some, *weights in zip(*parts, strict=True):
         index = mask.flatten().nonzero()[:, 0]
-        out.append((x0, xt, index, *(w.flatten()[index] for w in weights)))
+        drafted = some.flatten()[index].nonzero()[:, 0]
+        out.append((x0, xt, index, drafted, *(w.flatten()[index] for w in weights)))
     return out
 
 
@@ -329,7 +335,7 @@ class Run:
                 gpt.sum() / (self.s.batch_size * (self.s.seq_len - 1)))
             terms = torch.stack([found[name] for name in self.weights])
             if accept is not None:  # x - x: a gradient, and nothing to what is reported
-                accept = (accept * share[::SPARSE]).sum()
+                accept = accept.sum() / (self.s.batch_size * self.s.seq_len)
                 terms = terms + (accept - accept.detach())
             return terms
 
