@@ -280,3 +280,13 @@ def head_nll(h, head, targets, teacher=None, most=2**25):
         return nll(*inputs)
     pieces = zip(*(x.split(rows) for x in inputs), strict=True)
     return torch.cat([checkpoint(nll, *x, use_reentrant=False) for x in pieces])
+
+
+@torch.no_grad()
+def head_overlap(a, b, head, most=2**25):
+    """(M,) float32 in [0, 1]: sum_x min(p(x), q(x)) of p = softmax(a head^T) and q of b, (M, C)
+    each: the probability that speculative sampling of p accepts a draft from q."""
+    rows, found = max(1, most // len(head)), []
+    for pair in zip(a.split(rows), b.split(rows), strict=True):
+        found.append(torch.minimum(*(F.linear(x, head).float().softmax(-1) for x in pair)).sum(-1))
+    return torch.cat(found)

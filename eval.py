@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from corrupt import corrupt_all_blocks, head_nll
+from corrupt import corrupt_all_blocks, head_nll, head_overlap
 from model import left_tokens
 from sample import RULES, View, features, generate_stream
 from util.checkpoint import find_checkpoint, load_model
@@ -104,19 +104,21 @@ class Score(nn.Module):
         self.model, self.teacher = model, teacher
         self.joint_target, self.gpt_target = joint_target, gpt_target
 
-    def forward(self, x0, xt, index):
-        """(gpt, single, joint), float32, of tokens x0 (B, N) and noisy copies xt (copies, B, N),
-        whose positions `index` (M,), flat, are masked:
+    def forward(self, x0, xt, index, drafted=None):
+        """(gpt, single, joint, accept), float32, of tokens x0 (B, N) and noisy copies xt
+        (copies, B, N), whose positions `index` (M,), flat, are masked:
 
         gpt     (B (N - 1),)  of tokens 1.. of each row by the GPT level; None without one
         single  (M,)          of the masked tokens, each by itself: the others are [MASK] to it
         joint   (M,)          of the masked tokens drawn in one pass, left to right through the
                               local head; without one, `single`
+        accept  (A,)          cross-entropy of the local head's estimates of what the GPT level
+                              accepts, of the masked tokens drafted (A,), ranks in `index`; or None
 
         xt (B, N) is a stream by itself: of `corrupt_target_block`, or what objective "ar" reads.
         """
         c, model, head, N = self.model.config, self.model, self.model.head_weight(), x0.shape[1]
-        gpt, soft, targets = None, {}, x0.expand_as(xt).flatten()[index]
+        gpt, soft, accept, targets = None, {}, None, x0.expand_as(xt).flatten()[index]
         streams = xt[None] if xt.ndim == 2 else torch.cat([x0[None], xt])
         if xt.ndim == 2 or c.context == "block":
             h = model.stream_trunk(streams, index)
@@ -132,18 +134,26 @@ class Score(nn.Module):
             gpt = head_nll(clean, head, x0[:, 1:].flatten(), soft.get(self.gpt_target))
         if model.local is None:
             single = head_nll(model.norm(h), head, targets)
-            return gpt, single, single
+            return gpt, single, single, None
+        # what predicts token i stands at i - 1; nothing for i = 0
+        row = index % x0.numel()
+        before, known = (row - row // N - 1).clamp(min=0), index % N > 0
         teacher = soft.get(self.joint_target)
-        if teacher:  # what predicts token i stands at i - 1; nothing for i = 0
-            row = index % x0.numel()
-            teacher = teacher[0][(row - row // N - 1).clamp(min=0)], teacher[1]
+        if teacher:
+            teacher = teacher[0][before], teacher[1]
         ready, nll = model.local.ready(h), []
         for inside, soft in ((xt, None), (x0.expand_as(xt), teacher)):
             left = left_tokens(x0, inside, c.block_size, c.local_window, c.mask_id)
-            drawn = model.local(h, left.flatten(0, -2)[index], ready)
-            nll.append(head_nll(model.norm(drawn), head, targets, soft))
+            hidden = model.local.hidden(h, left.flatten(0, -2)[index], ready)
+            drawn = model.norm(h + model.local.down(hidden))
+            nll.append(head_nll(drawn, head, targets, soft))
         single, joint = nll
-        return gpt, single, joint if teacher is None else torch.where(index % N > 0, joint, single)
+        if c.acceptance and drafted is not None:
+            label = head_overlap(clean[before[drafted]], drawn[drafted], head)
+            logit = model.local.acceptance(hidden[drafted])
+            accept = F.binary_cross_entropy_with_logits(logit, label, reduction="none")
+        joint = joint if teacher is None else torch.where(known, joint, single)
+        return gpt, single, joint, accept
 
 
 @torch.no_grad()
@@ -169,7 +179,7 @@ def token_nll(score, x0, masks):
         every = torch.arange(x0.numel(), device=where)
         return {"gpt": score(x0, ar_input(x0, c.mask_id), every)[1].double().view(x0.shape)}
     index = masks.flatten().nonzero()[:, 0]
-    gpt, *nll = score(x0, x0.expand_as(masks).masked_fill(masks, c.mask_id), index)
+    gpt, *nll, _ = score(x0, x0.expand_as(masks).masked_fill(masks, c.mask_id), index)
     found = {} if gpt is None else {"gpt": F.pad(gpt.double().view(len(x0), -1), (1, 0))}
     for name, each in zip(("single", "joint"), nll, strict=True):
         found[name] = torch.zeros(masks.shape, dtype=torch.float64, device=where)
@@ -372,6 +382,26 @@ def score_exact(score, x0, **how):
         if k == S - inside[0]:  # all positions from the first on: a condition of the chain rule
             ltr += nll[..., inside[0]] / S
     return tuple(x.mean(dim=1) for x in (bound, -log_f[2**S - 1] / S, ltr))
+
+
+@torch.no_grad()
+def acceptance(score, x0):
+    """(estimates, labels), each (W, N - 1): what the local head thinks that the GPT level accepts
+    of a joint pass at tokens 1.. of windows x0 (W, N), and 1 - TV of the two distributions."""
+    model, c = score.model, score.model.config
+    x0 = x0.to(model.cos.device)
+    clean, h = model.stream_trunk(torch.stack([x0, torch.full_like(x0, c.mask_id)]))
+    hidden = model.local.hidden(h, left_tokens(x0, x0, c.block_size, c.local_window, c.mask_id))
+    p, q = (model.logits(x).softmax(-1) for x in (clean, h + model.local.down(hidden)))
+    label = torch.minimum(p[:, :-1], q[:, 1:]).sum(-1)
+    return model.local.acceptance(hidden)[:, 1:].sigmoid(), label
+
+
+def calibration_error(estimate, label):
+    """Expected calibration error over ten bins of the estimates."""
+    ranked = (10 * estimate.flatten()).long().clamp(max=9)
+    off = torch.bincount(ranked, (estimate - label).flatten().double(), minlength=10)
+    return off.abs().sum().item() / ranked.numel()
 
 
 # ---- the jobs ------------------------------------------------------------------------------

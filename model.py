@@ -80,12 +80,14 @@ class CascadeConfig:
     context: str = "causal"  # who sees whom in the clean stream; or "block"
     local_window: int = 4  # w, the left tokens that the local head sees; 0: no local head
     local_hidden: int = 0  # width of the local head; 0: twice n_embd
+    acceptance: bool = False  # the local head's estimate of what the GPT level accepts
     draft_rank: int = 0  # of what noisy positions add to the projections; 0: nothing
     objective: str = "diffusion"  # or "ar": the same network as a next-token GPT and nothing else
 
     def __post_init__(self):
         if self.objective == "ar":
             self.block_size, self.context, self.local_window, self.draft_rank = 1, "causal", 0, 0
+        self.acceptance &= self.context == "causal" and self.local_window > 0
         self.local_hidden = self.local_hidden or 2 * self.n_embd
         self.n_kv_head = self.n_kv_head or self.n_head
         self.n_hidden = self.n_hidden or 32 * math.ceil(self.n_embd * 8 / 3 / 32)
@@ -327,7 +329,13 @@ class LocalHead(nn.Module):
     A left token is shown if it is visible, or drawn in the same pass before i; otherwise it is
     [MASK]. Training shows both: *single*, where masked tokens stay [MASK], whose loss is a bound,
     and *joint*, where all are shown, whose loss is the NLL of drawing all of them in one pass.
+
+    Its second output (`acceptance`) is the logit of a_i = sum_x min(p(x), q(x)) = 1 - TV(p, q): how
+    probably the GPT level, which has p for token i, accepts a draft of it from this head's q. It
+    reads the hidden layer, from which no gradient returns: what else is trained does not notice.
     """
+
+    ACCEPTS = 16  # units of it
 
     def __init__(self, config):
         super().__init__()
@@ -338,6 +346,11 @@ class LocalHead(nn.Module):
         self.gate = nn.Linear(inputs, config.local_hidden, bias=False)
         self.up = nn.Linear(inputs, config.local_hidden, bias=False)
         self.down = nn.Linear(config.local_hidden, self.C, bias=False)
+        self.accept = None
+        if config.acceptance:  # without a random draw, and last: the others' draws stay as they are
+            shapes = (config.local_hidden, self.ACCEPTS), (self.ACCEPTS, 1)
+            up, down = (nn.utils.skip_init(nn.Linear, *shape, bias=False) for shape in shapes)
+            self.accept = nn.ModuleDict({"up": up, "down": down})
 
     def ready(self, h):
         """(part, weight): of [gate z, up z] what norm(h) makes, which serves every choice of left
@@ -346,11 +359,20 @@ class LocalHead(nn.Module):
         own, weight = both.split([self.C, both.shape[1] - self.C], dim=1)
         return F.linear(self.norm(h), own), weight
 
-    def forward(self, h, left, ready=None):
-        """h (..., C), left (..., w) int64, x_{i-1} first -> (..., C)."""
+    def hidden(self, h, left, ready=None):
+        """h (..., C), left (..., w) int64, x_{i-1} first -> (..., local_hidden)."""
         part, weight = ready or self.ready(h)
         gate, up = (part + F.linear(self.embed(left).flatten(-2), weight)).chunk(2, dim=-1)
-        return h + self.down(F.silu(gate) * up)
+        return F.silu(gate) * up
+
+    def forward(self, h, left, ready=None):
+        """The same -> (..., C), what the final norm and the output head read."""
+        return h + self.down(self.hidden(h, left, ready))
+
+    def acceptance(self, hidden):
+        """Of `hidden` (..., local_hidden) the logit of a_i, (...) float32."""
+        up = F.silu(self.accept["up"](hidden.detach()))
+        return self.accept["down"](up)[..., 0].float()
 
 
 def left_tokens(before, inside, block_size, window, mask_id):

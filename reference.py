@@ -250,14 +250,21 @@ def reference_head(state_dict, config, x):
     return rms_norm(x, norm, config.norm_eps) @ head.T
 
 
-def reference_local(state_dict, config, x, left):
+def reference_local(state_dict, config, x, left, second=False):
     """The local head at one position: x (B, C), left (B, w) = tokens i-1 .. i-w -> (B, C).
 
         z = [rms_norm(x), e(x_{i-1}), ..., e(x_{i-w})],    x + down(silu(gate z) * (up z))
+
+    `second`: its other output instead, (B,), the logit of what the GPT level accepts, which is
+    down' silu(up' hidden) of the hidden layer silu(gate z) * (up z).
     """
     w = {name[6:-7]: exact(t) for name, t in state_dict.items() if name.startswith("local.")}
     z = [rms_norm(x, w["norm"], config.norm_eps), *(w["embed"][t] for t in left.T)]
-    return x + swiglu(torch.cat(z, dim=-1), w["gate"], w["up"], w["down"])
+    z = torch.cat(z, dim=-1)
+    if not second:
+        return x + swiglu(z, w["gate"], w["up"], w["down"])
+    up = swiglu(z, w["gate"], w["up"], w["accept.up"])
+    return (up * torch.sigmoid(up) @ w["accept.down"].T)[:, 0]
 
 
 def reference_logits(state_dict, config, tokens):

@@ -506,7 +506,7 @@ def test_streams_equal_blocks():
         inside = (noisy.mask[0] & (at == b)).flatten().nonzero()[:, 0]
         h = net.local(net.stream_trunk(xt[None])[0], cascade.left_tokens(x0, xt, 4, 3, 11))
         worst = max(worst, diff(net.logits(h)[:, at == b], logits[:, at == b]))
-        _, single, _ = Score(net)(x0, xt, inside)
+        _, single, *_ = Score(net)(x0, xt, inside)
         part = (single * noisy.weight.flatten()[inside]).sum() / 9
         part.backward()
         total += part.item()
@@ -529,7 +529,7 @@ def test_joint_target():
     net = tiny_model(seq_len=12, block_size=4)
     x0 = tokens_for(net)
     noisy, index = noisy_for(net, x0)
-    _, single, joint = Score(net, "gpt")(x0, noisy.xt, index)
+    _, single, joint, _ = Score(net, "gpt")(x0, noisy.xt, index)
     logp = masked_logits(net, x0, noisy.xt, joint=True)[0].log_softmax(-1)
     teacher = F.pad(net(x0)[:, :-1].softmax(-1), (0, 0, 1, 0))
     want = -(teacher * logp).sum(-1).flatten()[index]
@@ -560,6 +560,57 @@ def test_joint_target():
     grad = max(diff(p.grad, got[n]) for n, p in net.named_parameters())
     assert grad < 5e-5, f"the teacher is differentiated: {grad}"
     return within(diff(joint[~first], want[~first]), 5e-6, f"grad {grad:.1g}; max|diff|")
+
+
+def test_acceptance_equals_slow_model():
+    """The second output of the local head, and its label sum_x min(p, q), against the slow model;
+    with it every other gradient is as without, bit for bit."""
+    net = tiny_model(seq_len=12, block_size=4, acceptance=True)
+    c, x0, xt = net.config, tokens_for(net), torch.full((1, 3, 12), 11)
+    index, drafted = torch.arange(36), torch.arange(36).view(3, 12)[:, [1, 6, 11]].flatten()
+    state, terms = net.state_dict(), Score(net)(x0, xt, index, drafted)
+    p = reference.reference_logits(state, c, x0).softmax(-1)
+    q = reference.reference_block_logits(state, c, x0, xt[0], joint=True).softmax(-1)
+    want = []
+    for i in (1, 6, 11):
+        rule = reference.draft_rule(i // 4 * 4, reference.causal_rule)
+        tokens = torch.cat([x0[:, : i // 4 * 4], xt[0, :, :4]], dim=1)
+        h = reference.reference_trunk(state, c, tokens, rule)[:, i]
+        left = reference.left_of(c, x0, xt[0], True, i)
+        logit = reference.reference_local(state, c, h, left, second=True)
+        label = torch.minimum(p[:, i - 1], q[:, i]).sum(-1)
+        want.append(F.binary_cross_entropy_with_logits(logit, label, reduction="none"))
+    sum(x.sum() for x in terms).backward()
+    got = {n: p.grad for n, p in net.named_parameters()}
+    assert got["local.accept.up.weight"].abs().max() > 1e-3
+    net.zero_grad()
+    plain = Score(net)(x0, xt, index)
+    assert plain[3] is None and all(diff(a, b) == 0 for a, b in zip(plain[:3], terms, strict=False))
+    sum(x.sum() for x in plain[:3]).backward()
+    rest = [n for n in got if ".accept." not in n]
+    assert all(torch.equal(dict(net.named_parameters())[n].grad, got[n]) for n in rest)
+    return within(diff(terms[3], torch.stack(want, dim=1).flatten()), 2e-6, "max|diff|")
+
+
+def test_acceptance_is_calibrated():
+    """Trained beside the rest on a tiny source, it knows by enumeration what is accepted; without
+    it a run is the same, bit for bit."""
+    words = np.random.default_rng(0).choice(["abc", "adef", "f", "eebb\n"], 2000)
+    with data_folder() as folder:
+        write_dataset(folder, "".join(words))
+        how = {"max_steps": 200, "full_share": 0.5, "grad_clip": 0.1}
+        run, _ = train_tiny(folder, **how)
+        off, _ = train_tiny(folder, **how, acceptance=False)
+        with_it = run.model.state_dict()
+        for name, weight in off.model.state_dict().items():
+            assert torch.equal(weight, with_it[name]), f"the acceptance output moved {name}"
+        x0 = torch.from_numpy(run.data.split("val").window(np.arange(0, 1500, 16), 16))
+        found, label = evaluation.acceptance(run.score, x0)
+    error = evaluation.calibration_error(found, label)
+    told = 1 - ((found - label).var() / label.var()).item()
+    assert told > 0.2, f"it tells {told:.2f} of the labels' variance"
+    return within(error, 0.03, f"labels {label.mean():.2f} +- {label.std():.2f}, {told:.2f} of "
+                               "their variance told; calibration error")
 
 
 def test_rotary():
@@ -782,7 +833,7 @@ def test_bound_schedules_agree():
                     xt, blocks = noisy.xt, len(many)
                 index = noisy.mask.flatten().nonzero()[:, 0]
                 with torch.no_grad():
-                    _, single, _ = Score(net)(many, xt, index)
+                    _, single, *_ = Score(net)(many, xt, index)
                 losses.append((single * noisy.weight.flatten()[index]).sum().item() / blocks)
             mean, error = np.mean(losses), np.std(losses, ddof=1) / math.sqrt(len(losses))
             assert error < 0.02, (schedule, copies, mean, error)
@@ -879,7 +930,7 @@ def test_batches():
         split = dataset.load_dataset(folder).split("train")
         whole = torch.from_numpy(split.window([0], len(split)))[0]
         starts = []
-        for (x0, xt, index, weight, share), in training_batches(split, 60):
+        for (x0, xt, index, _, weight, share), in training_batches(split, 60):
             assert ((xt == 7).flatten().nonzero()[:, 0] == index).all()
             assert (xt[0][xt[0] < 7] == x0[xt[0] < 7]).all()
             assert abs(weight.sum() - 1) < 1e-5 and abs(share.sum() - 1) < 1e-5
@@ -893,7 +944,7 @@ def test_batches():
                 parts += training_batches(split, batch_size=8, rank=rank, **cut)[0]
             assert torch.equal(torch.cat([p[0] for p in parts]), one[0])
             assert torch.equal(torch.cat([p[1] for p in parts], 1), one[1])
-            for i in (3, 4):
+            for i in (4, 5):
                 assert torch.equal(torch.cat([p[i] for p in parts]), one[i])
         rates = {}
         for name, settings in (
@@ -907,7 +958,7 @@ def test_batches():
         wanted = {"clipped": 0.15, "m_min": 0.95, "full": 0.9 + 0.1 * 0.625, "target": 0.625 / 4,
                   "copies": 0.625}
         assert all(abs(rates[k] - v) < 0.05 for k, v in wanted.items()), rates
-        weight = [training_batches(split, noise="uniform", weighting=w, seed=3)[0][0][3]
+        weight = [training_batches(split, noise="uniform", weighting=w, seed=3)[0][0][4]
                   for w in corrupt.WEIGHTINGS]
         assert diff(*weight) > 1e-3, "the weighting is ignored"
     return f"{len(starts)} windows from {min(starts)} to {max(starts)}; five settings of the noise"
@@ -1019,7 +1070,7 @@ def memorise(corruption, schedule, weighting, context, how, seed=0):
         noisy = corruption(x0, 8, 128, generator(draw), schedule, train.rates(s), weighting)
         index = noisy.mask.flatten().nonzero()[:, 0]
         one = corruption is corrupt.corrupt_target_block
-        gpt, single, joint = score(x0, noisy.xt if one else noisy.xt[None], index)
+        gpt, single, joint, _ = score(x0, noisy.xt if one else noisy.xt[None], index)
         loss = (single * noisy.weight.flatten()[index]).sum() / noisy.m.numel()
         return loss if gpt is None else loss + gpt.mean() + joint.mean(), single.mean()
 
@@ -1493,7 +1544,8 @@ class Passes(list):
                 if w.front:
                     (text if len(text) else new)[0] = w.c.mask_id
                 assert (text[w.front :] < w.c.mask_id).all(), "a mask was read as finished text"
-                want = uncached(w.model, text, new, seen, steps, noisy)[: used[r]]
+                own = [x[r % len(x)] if x.ndim > n else x for x, n in ((seen, 2), (steps, 1))]
+                want = uncached(w.model, text, new, *own, noisy)[: used[r]]
                 passes.worst = max(passes.worst, diff(h[r, : used[r]], want))
             passes.slides += bool((length == 0).any() and base.any())
             passes.append(SimpleNamespace(tokens=tokens, h=h, base=base, length=length, w=w))
@@ -1520,6 +1572,7 @@ def test_cache_equals_uncached():
         ({**BLOCK, "seq_len": 8}, "block", (3, 0), 21),
         (GQA, "gpt", (0, 3, 31, 40), 50), (GQA, "verify", (0, 3, 31, 40), 50),
         *(({**GQA, "draft_rank": 2}, mode, (0, 7, 26), 30) for mode in ("block", "verify")),
+        ({**GQA, "acceptance": True}, "verify", (0, 3, 31, 40), 50),
         (MHA, "verify", (5,), 60), ({**GQA, "block_size": 8}, "verify", (9, 0), 40),
         ({**GQA, "seq_len": 4}, "verify", (2, 0), 14), (AR, "gpt", (0, 3, 11, 31), 40),
         ({**AR, "seq_len": 1}, "gpt", (0, 2), 4),
@@ -1824,7 +1877,8 @@ def test_verify_is_greedy_gpt():
     """At temperature 0 verify writes gpt's text token for token: hundreds of tokens, mixed prompts,
     batches of 1 and 5, past the context's end, any drafts and branches, any drafter."""
     count = saved = 0
-    for shape in (GQA, MHA, {**GQA, "block_size": 8}, {**GQA, "seq_len": 16, "block_size": 16}):
+    for shape in (GQA, MHA, {**GQA, "block_size": 8}, {**GQA, "seq_len": 16, "block_size": 16},
+                  {**GQA, "block_size": 8, "acceptance": True}):
         net = tiny_model(**shape)
         prompts = random_prompts(net, 0, 3, 7, 40, 1)
         table = NGram(np.random.default_rng(0).integers(0, 11, 3000), 11, 3)
@@ -1834,12 +1888,41 @@ def test_verify_is_greedy_gpt():
                 stream = sample.generate_stream(net, batch, 150, mode="verify", temperature=0,
                                                 **options)
                 for step in stream:
-                    assert step.accepted is None or (step.accepted <= step.drafts.shape[1]).all()
+                    assert step.accepted is None or (step.accepted < step.block.shape[1]).all()
                 assert step.rows() == plain.rows(), (shape, len(batch), options)
                 count += 150 * len(batch)
                 saved += (plain.nfe - step.nfe) * bool(options)  # {}: drafts by passes of their own
     assert saved > 500, f"only {saved} passes saved"
     return f"{count} tokens, {saved} passes saved"
+
+
+def test_verify_by_estimates():
+    """Drafts and branches chosen by estimates that depend on the drafts: still exactly the GPT
+    level's distribution, a row by itself or beside others, with all kinds of choices."""
+    net = tiny_model(**SMALL | {"local_window": 2, "block_size": 4, "seq_len": 12}, acceptance=True)
+    with torch.no_grad():
+        net.local.accept["down"].weight.mul_(4)
+    wanted, seen, ratios = gpt_distribution(net, [2, 0, 1], 3), set(), []
+    layout = sample.verify_layout
+
+    def spy(S, D, branches, device):
+        seen.add((D, len(branches[0]), len(set(branches)) > 1))
+        return layout(S, D, branches, device)
+
+    for batch, seeds, costs in ((4, 1500, (1e3, 15, 10)), (2000, 3, (0, 50, 800))):
+        counts = {}
+        with mock.patch.dict(sample.COSTS, cpu=costs), mock.patch.object(
+            sample, "verify_layout", spy
+        ), mock.patch.object(sample.Plan, "useless", lambda plan: False):
+            for seed in range(seeds):
+                for row in sample.generate(net, [[2, 0, 1]] * batch, 3, seed=seed):
+                    counts[tuple(row[3:])] = counts.get(tuple(row[3:]), 0) + 1
+        statistic, bound = chi_square(counts, wanted)
+        assert statistic <= bound, f"{batch} rows: chi2 = {statistic:.0f}, allowed {bound:.0f}"
+        ratios.append(statistic / bound)
+    kinds = [{x[i] for x in seen} for i in range(3)]
+    assert {1, 2, 3} <= kinds[0] and {0, 1, 2} <= kinds[1] and True in kinds[2], seen
+    return f"chi2 / allowed = {max(ratios):.2f}, allowed 1; {len(seen)} kinds of passes"
 
 
 def test_draw_pass_is_left_to_right():

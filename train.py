@@ -95,6 +95,7 @@ qk_norm = True
 context = "causal"  # the clean stream is a GPT; or "block", as in BD3-LM
 local_window = 4  # w, left tokens that the local head sees; 0: no local head
 local_hidden = 0  # width of the local head; 0: twice n_embd
+acceptance = True  # with a GPT level and a local head: it learns to tell what the former accepts
 draft_rank = 0  # of what noisy positions add to the projections, for --train=draft; 0: nothing
 # the loss: bound + gpt_weight * next-token NLL + joint_weight * NLL of joint passes
 loss_on = "all"  # or "completion": text behind the dataset's separator, in every term
@@ -207,11 +208,11 @@ def rates(s):
 def micro_batches(s, mask_id, split, step, rank, world):
     """This process's share of a step's global batch, cut into micro-batches, on the CPU.
 
-    A list of (x0, xt, index, *own, weight, share): clean and noisy tokens, the positions with a
-    loss, flat in xt (see `Score`), and their weights in the bound and in the joint NLL, (M,) each;
-    both add up to means over the global batch. With loss_on="completion" they are of scored tokens
-    alone, means in expectation, and own (B, N - 1) has the weights in the next-token NLL. All is
-    drawn for the global batch, then sliced.
+    A list of (x0, xt, index, drafted, *own, weight, share): clean and noisy tokens, the positions
+    with a loss, flat in xt (see `Score`), which of these train the acceptance, and their weights in
+    the bound and in the joint NLL, (M,) each; both add up to means over the global batch. With
+    loss_on="completion" they are of scored tokens alone, means in expectation, and own (B, N - 1)
+    has the weights in the next-token NLL. All is drawn for the global batch, then sliced.
     """
     generator = step_generator(s.seed, step)
     starts = torch.randint(len(split) - s.seq_len + 1, (s.batch_size,), generator=generator)
@@ -234,15 +235,20 @@ def micro_batches(s, mask_id, split, step, rank, world):
         xt = x0.expand_as(mask).masked_fill(mask, mask_id)
     k = mask.unflatten(-1, (-1, s.block_size)).sum(dim=-1).clamp(min=1)
     share, own = (1 / k).repeat_interleave(s.block_size, dim=-1), []  # a mean over each block
+    # drafts stand in blocks masked completely; a fifth of them, of every rank, costs little
+    n = torch.arange(s.seq_len)
+    some = (n > 0) & ((n // s.block_size + n % s.block_size) % 5 == 0)
+    some = some & (k == s.block_size).repeat_interleave(s.block_size, dim=-1)
     if s.loss_on == "completion":  # a token's weight is 1 / S on average over the noise
         scored = torch.from_numpy(split.completions(starts.numpy(), s.seq_len))
         blocks = s.copies * scored.sum().clamp(min=1) / s.block_size
         mask, own = mask & scored[mine], [scored[mine] / scored[:, 1:].sum().clamp(min=1)]
-    whole, out = (x0, xt, mask, *own, weight / blocks, share / blocks), []
+    whole, out = (x0, xt, mask, some, *own, weight / blocks, share / blocks), []
     parts = (t.split(s.micro_batch or part, dim=-2) for t in whole)
-    for x0, xt, mask, *own, weight, share in zip(*parts, strict=True):
+    for x0, xt, mask, some, *own, weight, share in zip(*parts, strict=True):
         index = mask.flatten().nonzero()[:, 0]
-        out.append((x0, xt, index, *(w[:, 1:] for w in own),
+        drafted = some.flatten()[index].nonzero()[:, 0]
+        out.append((x0, xt, index, drafted, *(w[:, 1:] for w in own),
                     *(w.flatten()[index] for w in (weight, share))))
     return out
 
@@ -402,15 +408,19 @@ class Run:
 
     def terms(self, score, batch):
         """The terms of the loss that `weights` names, in nats per token, of a micro-batch."""
-        x0, xt, index, *own, weight, share = (
+        x0, xt, index, drafted, *own, weight, share = (
             t.to(self.s.device, non_blocking=True) for t in batch)
         with autocast(self.s):
-            gpt, single, joint = score(x0, xt, index)
+            gpt, single, joint, accept = score(x0, xt, index, drafted)
             found = {"bound": (single * weight).sum(), "joint": (joint * share).sum()}
             found["gpt"] = found["bound"] if gpt is None else (  # of objective "ar"
                 (gpt * own[0].flatten()).sum() if own else
                 gpt.sum() / (self.s.batch_size * (self.s.seq_len - 1)))
-            return torch.stack([found[name] for name in self.weights])
+            terms = torch.stack([found[name] for name in self.weights])
+            if accept is not None:  # x - x: a gradient, and nothing to what is reported
+                accept = accept.sum() / (self.s.batch_size * self.s.seq_len)
+                terms = terms + (accept - accept.detach())
+            return terms
 
     def train_step(self, progress):
         """One optimizer step; returns this process's share of the `terms` of the loss."""
@@ -430,7 +440,9 @@ class Run:
                 # gradients are averaged over processes; the terms are over the global batch already
                 (terms @ weights * world).backward()
             total += terms.detach()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), s.grad_clip or math.inf)
+        # without the acceptance output, whose gradients are not to scale the others'
+        clipped = [p for name, p in self.model.named_parameters() if ".accept." not in name]
+        norm = nn.utils.clip_grad_norm_(clipped, s.grad_clip or math.inf)
         self.norms += whole(norm)
         if s.device == "cpu":  # a GPU would make the host wait in every step
             self.check_finite("gradient", self.norms)

@@ -139,7 +139,7 @@ def noisy_for(net, x0, seed=2, schedule="balanced", copies=1):
 
 def terms_of(net, x0, noisy, index, target="text"):
     """{term: scalar} of the loss by `Score`, as training adds them up; both weights are 1 / k."""
-    gpt, single, joint = Score(net, target)(x0, noisy.xt, index)
+    gpt, single, joint, _ = Score(net, target)(x0, noisy.xt, index)
     weight = noisy.weight.flatten()[index]
     blocks = noisy.mask.numel() // net.config.block_size
     terms = {"bound": (single * weight).sum() / blocks, "joint": (joint * weight).sum() / blocks}
