@@ -1426,11 +1426,13 @@ def test_two_processes():
         train_tiny(folder, **s, out_dir=f"{folder}/one")
         train_tiny(folder, **s, out_dir=f"{folder}/parts", micro_batch=2)
         settings = {**TINY, **s, "batch_size": 7, "dataset": folder, "out_dir": f"{folder}/two"}
-        code, said, err = command(
-            "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py",
-            *arguments(settings),
-        )
-        assert code == 0 and said.count("| eta") == 50, err[-500:]
+        two = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py")
+        code, said, err = command(*two, *arguments(settings))
+        aborted = "SIGABRT" in err and "error: " not in err  # seen once in some hundred runs, in
+        if aborted:  # C++ and without a word of ours: it is shown, and must not happen twice
+            print(err, file=sys.stderr)
+            code, said, err = command(*two, *arguments(settings | {"overwrite": True}))
+        assert code == 0 and said.count("| eta") == 50, err[:2000]
         assert "7 sequences raised to 8: a multiple of 2 processes" in said, said[:500]
         runs = ("one", "parts", "two")
         states = [checkpoint.load_checkpoint(f"{folder}/{n}/last.pt") for n in runs]
@@ -1446,7 +1448,8 @@ def test_two_processes():
                 cells = [float(row[column] or 0) for row in rows]
                 assert max(cells) - min(cells) < 1e-4, (column, cells)
         assert float(logs[0][0]["gpt"]) - float(logs[0][-1]["gpt"]) > 0.1, "nothing was learnt"
-    return within(worst, 1e-4, "losses and bounds < 1e-04 apart; weights after 50 steps, max|diff|")
+    what = "started anew after an abort in C++; " * aborted + "losses and bounds < 1e-04 apart"
+    return within(worst, 1e-4, f"{what}; weights after 50 steps, max|diff|")
 
 
 def test_bfloat16_autocast():
