@@ -337,22 +337,34 @@ def score_rule(score, x0, rule="left_to_right", value=0, **how):
 
 @torch.no_grad()
 def score_passes(score, x0, batch=32, **how):
-    """(W, nb, S + 1, S + 1): -log p of token i of each block, [..., j, i] in a pass that begins at
-    j <= i and has drawn j..i-1, the text before j visible; [..., S, i] by the GPT level, if there
-    is one; `features` of the first pass in column S. S passes price every schedule from left to
-    right (util/schedules.py)."""
+    """(W, nb, 2 S + 1, S + 1). S passes price every schedule from left to right: of each block,
+
+    [..., j, i]      -log p of token i in a pass that begins at j <= i and has drawn j..i-1, the
+                     text before j visible
+    [..., S + j, i]  KL of that distribution from the GPT level's: what drawing i so is expected to
+                     lose, whichever token the text has
+    [..., 2 S, i]    -log p of token i by the GPT level. Both are NaN without one
+    [..., 0, S]      `features` of the first pass
+    """
     model, c = score.model, score.model.config
     S, N = c.block_size, x0.shape[1]
     masks = (torch.arange(N) % S >= torch.arange(S)[:, None])[:, None]  # (S, 1, N)
 
     def work(x):
-        nll, x = token_nll(score, x, masks.expand(-1, len(x), -1)), x.to(model.cos.device)
-        gpt = nll.get("gpt", torch.full_like(nll["joint"][0], math.nan))
-        gpt[:, 0] = nll["joint"][0, :, 0]  # the block level's, as in gpt_nll
-        table = torch.cat([nll["joint"], gpt[None]]).unflatten(-1, (-1, S)).permute(1, 2, 0, 3)
-        h = model.stream_trunk(torch.stack([x, xt := torch.full_like(x, c.mask_id)]))[-1]
-        view = View(xt.view(-1, S) > 0, block_logits(model, h, x, xt), None, None, 0, 0)
-        known = features(view).view(*table.shape[:2], 1, 1).expand(-1, -1, S + 1, -1)
+        x = x.to(model.cos.device).expand(S, -1, -1)
+        xt = x.masked_fill(masks.to(x.device), c.mask_id)
+        h = model.stream_trunk(torch.cat([x[:1], xt]))
+        view = View(xt[0].view(-1, S) == c.mask_id, block_logits(model, h[-S], x[0], xt[0]), None,
+                    None, 0, 0)
+        q = block_logits(model, h[-S:], x, x).double().log_softmax(-1).view(*x.shape, -1)
+        p = torch.full_like(q[0], math.nan)
+        if c.context == "causal":  # whose first token is the block level's, as in gpt_nll
+            p = torch.cat([q[0, :, :1], model.logits(h[0, :, :-1]).double().log_softmax(-1)], dim=1)
+        at = x[0, ..., None]
+        table = torch.cat([-q.gather(-1, at.expand(S, -1, -1, -1))[..., 0],
+                           (p.exp() * (p - q)).sum(-1), -p.gather(-1, at)[None, ..., 0]])
+        table = table.unflatten(-1, (-1, S)).permute(1, 2, 0, 3)
+        known = features(view).view(*table.shape[:2], 1, 1).expand(-1, -1, 2 * S + 1, -1)
         return torch.cat([table, known], dim=-1)
 
     return in_batches(work, x0, batch=max(1, batch // S), **how)
@@ -525,7 +537,9 @@ class Evaluation:
 
     def schedules(self):
         """Where a block's passes should begin, and how many: fitted on every other window, scored
-        on the rest; and the oracle, which knows the losses, so that no predictor wins more."""
+        on the rest. The oracle knows the losses, so no predictor wins more, but most of that is
+        luck with single tokens. The KL oracle knows what each choice is expected to lose: all that
+        can be won before the draw, as far as the GPT level is the text's distribution."""
         s, c, S = self.s, self.c, self.c.block_size
         if c.objective == "ar":
             raise SettingsError("an autoregressive model has no blocks: leave --schedules out")
@@ -533,10 +547,12 @@ class Evaluation:
         if len(x0) < 4:
             raise SettingsError("--schedules fits on half of the windows: give 4 or more")
         table = score_passes(self.score, x0, **self.how(len(x0)))
-        losses, gpt, known = table[..., :S, :S], table[..., S:, :S], table[..., 0, S:]
+        losses, lost, gpt = table[..., :S].split([S, S, 1], dim=2)
+        known = table[..., 0, S:]
         fitted, scored = (losses[i::2].flatten(0, 1) for i in (0, 1))
         expected, cuts = cheapest(fitted.mean(dim=0, keepdim=True))
         average, best = price(scored, cuts[0]), cheapest(scored)[0]
+        least, where = cheapest(lost[1::2].flatten(0, 1))
         row = self.against(average, expected, best, len(x0) // 2)
         for K in range(1, S + 1):
             begin = " ".join(str(j) for j in cuts[0, K - 1].nonzero()[:, 0].tolist())
@@ -544,6 +560,8 @@ class Evaluation:
             row(f"average {K}", K, average[:, K - 1], begin)
             row(f"oracle's K {K}", K, (allocate(average, K) * average).sum(dim=1))  # cuts: average
             row(f"oracle {K}", K)
+            if c.context == "causal":
+                row(f"KL oracle {K}", K, (allocate(least, K) * price(scored, where)).sum(dim=1))
         for rule, value in rule_grid(s.rows, c, exact=True):
             if rule != "left_to_right":
                 text, how = x0[1::2].contiguous(), self.how(len(x0) // 2)

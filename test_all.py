@@ -2437,6 +2437,16 @@ def test_schedules_by_brute_force():
     return within(off, 1e-6, f"{len(every)} schedules, {len(points)} allocations, max|diff|")
 
 
+@torch.no_grad()
+def conditional(net, x0, xt, i):
+    """log p (B, V) of token i beside noisy tokens xt (B, N), all to its left shown to the head."""
+    c = net.config
+    h = net.stream_trunk(torch.stack([x0, xt]))[-1, :, i]
+    if c.local_window:
+        h = net.local(h, x0[:, i - c.local_window : i].flip(1))
+    return net.logits(h).double().log_softmax(-1)
+
+
 def test_schedules_are_the_sampler():
     """One table of S passes prices left_to_right at every K as its replay does; and what a sampler
     writes with cuts of its own for each row and block, by the probabilities that it drew from."""
@@ -2462,7 +2472,7 @@ def test_schedules_are_the_sampler():
             *_, last = sample.generate_stream(net, [[]] * 3, 32, mode="block", seed=5, plan=chooses)
         x0, score = torch.tensor(last.rows()), Score(net)
         assert last.nfe == sum(int(c.sum(1).max()) for c in chosen), "more passes than planned"
-        table = evaluation.score_passes(score, x0, batch=2)[..., :S]  # (W, nb, S + 1, S)
+        table = evaluation.score_passes(score, x0, batch=2)[..., :S]  # (W, nb, 2 S + 1, S)
         cuts = torch.stack(chosen, dim=1).flatten(0, 1)[:, None]  # as the blocks lie in a row
         blocks = table[:, :, :S].flatten(0, 1)
         worst = max(worst, diff(schedules.price(blocks, cuts).view(3, -1).sum(1), -logp))
@@ -2470,10 +2480,17 @@ def test_schedules_are_the_sampler():
             nll = schedules.price(blocks, schedules.equal_cuts(S)[K - 1 : K]).view(3, -1).sum(1)
             worst = max(worst, diff(nll, 32 * evaluation.score_rule(score, x0, value=K)[0]))
         if net.config.context == "causal":
-            nll = table[:, :, S].flatten(1).mean(1)
+            nll = table[:, :, 2 * S].flatten(1).mean(1)
             worst = max(worst, diff(nll, evaluation.score_gpt(score, x0)))
+            # KL by hand, of the second block's last token in a pass that begins one before it
+            xt = x0.clone()
+            xt[:, 2 * S - 2 :] = net.config.mask_id
+            q = conditional(net, x0, xt, 2 * S - 1)
+            p = net(x0)[:, 2 * S - 2].detach().double().log_softmax(-1)
+            by_hand = (p.exp() * (p - q)).sum(-1)
+            worst = max(worst, diff(table[:, 1, 2 * S - 2, S - 1], by_hand))
         else:
-            assert table[:, :, S].flatten(1)[:, 1:].isnan().all()
+            assert table[:, :, S:].isnan().all()
         count += int(cuts.sum())
     return within(worst, 1e-5, f"{count} passes drawn, max|diff|")
 
