@@ -55,7 +55,7 @@ DECODE = {
     "out_dir": "out/nano",
     "ar_dir": "out/ar",  # the AR baseline, trained by the same code
     "batches": "1,4,16,64",
-    "modes": "gpt,verify,block:1,block:2,block:4",  # block:K
+    "modes": "gpt,verify,block:1,block:2,block:4",  # block:K, verify:D for a number of drafts
     "drafts": 0,  # of verify; 0: S - 1
     "branches": 0,
     "tokens": 128,  # new tokens of each row
@@ -246,7 +246,7 @@ def decode_contestants(s):
         mode, _, K = name.partition(":")
         how, nll[name] = {"mode": mode}, terms.get("gpt", (math.nan, math.nan))
         if mode == "verify":
-            how |= {"drafts": s.drafts, "branches": s.branches}
+            how |= {"drafts": int(K or s.drafts), "branches": s.branches}
         if mode == "block":
             how |= {"rule": "left_to_right", "steps": int(K or 1)}
             each, _ = evaluation.score_rule(score, x0, "left_to_right", int(K or 1))

@@ -514,6 +514,18 @@ class Evaluation:
         """Tokens a pass of mode verify at temperature 1, by the block level and by the control, and
         how often draft i is accepted where it is reached."""
         s, c, most = self.s, self.c, self.c.block_size - 1
+        if c.acceptance:
+            x0 = self.cut(c.seq_len, s.rule_windows)
+            found = in_batches(lambda x: torch.stack(acceptance(self.score, x), dim=-1), x0,
+                               **self.how(len(x0)))
+            estimate, label = (x.mean(dim=0) for x in found.unbind(-1))
+            error = calibration_error(*found.unbind(-1))
+            self.say(f"estimates  {estimate.mean():.3f} of the drafts accepted, {label.mean():.3f} "
+                     f"are; calibration error {error:.4f}; by rank in a block " + " ".join(
+                         f"{estimate[i - 1 :: most + 1].mean():.2f}/"
+                         f"{label[i - 1 :: most + 1].mean():.2f}" for i in range(1, most + 1)))
+            self.table.append({"drafter": "estimates", "calibration_error": error,
+                               "estimate": estimate.mean().item(), "label": label.mean().item()})
         n = min(s.sample_tokens or c.seq_len, c.seq_len)  # past it windows slide, and drafts end
         self.say(f"samples    {s.num_samples} of {n} tokens a row from nothing, temperature 1\n\n"
                  "drafter          drafts  tokens/pass   accepted, draft by draft")
@@ -521,7 +533,7 @@ class Evaluation:
             tokens, passes, reached, accepted = 0, 0, torch.zeros(most), torch.zeros(most)
             # branches: drafts behind every number of accepted ones, so that a round is one pass
             for step in generate_stream(self.model, [[]] * s.num_samples, n, mode="verify",
-                                        branches=c.block_size, seed=s.seed, drafter=drafter):
+                                        drafts=most, branches=c.block_size, seed=s.seed, drafter=drafter):
                 if step.accepted is None or step.done.any():
                     continue
                 tokens, passes = tokens + int(step.accepted.sum()) + s.num_samples, passes + 1

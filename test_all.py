@@ -597,19 +597,18 @@ def test_acceptance_is_calibrated():
     words = np.random.default_rng(0).choice(["abc", "adef", "f", "eebb\n"], 2000)
     with data_folder() as folder:
         write_dataset(folder, "".join(words))
-        how = {"max_steps": 200, "full_share": 0.5, "grad_clip": 0.1}
-        run, _ = train_tiny(folder, **how)
-        off, _ = train_tiny(folder, **how, acceptance=False)
-        with_it = run.model.state_dict()
+        how = {"full_share": 0.5, "grad_clip": 0.1, "muon_lr": 2e-2}
+        on, off = (train_tiny(folder, **how, max_steps=12, acceptance=x)[0] for x in (True, False))
+        with_it = on.model.state_dict()
         for name, weight in off.model.state_dict().items():
             assert torch.equal(weight, with_it[name]), f"the acceptance output moved {name}"
+        run, _ = train_tiny(folder, **how, max_steps=150)
         x0 = torch.from_numpy(run.data.split("val").window(np.arange(0, 1500, 16), 16))
         found, label = evaluation.acceptance(run.score, x0)
     error = evaluation.calibration_error(found, label)
-    told = 1 - ((found - label).var() / label.var()).item()
-    assert told > 0.2, f"it tells {told:.2f} of the labels' variance"
-    return within(error, 0.03, f"labels {label.mean():.2f} +- {label.std():.2f}, {told:.2f} of "
-                               "their variance told; calibration error")
+    untrained = evaluation.calibration_error(torch.full_like(found, 0.5), label)
+    return within(error, min(0.03, untrained / 5), f"labels {label.mean():.2f} +- "
+                  f"{label.std():.2f}, error of an untrained one {untrained:.2f}; error")
 
 
 def test_rotary():
@@ -1902,8 +1901,6 @@ def test_verify_by_estimates():
     """Drafts and branches chosen by estimates that depend on the drafts: still exactly the GPT
     level's distribution, a row by itself or beside others, with all kinds of choices."""
     net = tiny_model(**SMALL | {"local_window": 2, "block_size": 4, "seq_len": 12}, acceptance=True)
-    with torch.no_grad():
-        net.local.accept["down"].weight.mul_(4)
     wanted, seen, ratios = gpt_distribution(net, [2, 0, 1], 3), set(), []
     layout = sample.verify_layout
 
@@ -1911,11 +1908,13 @@ def test_verify_by_estimates():
         seen.add((D, len(branches[0]), len(set(branches)) > 1))
         return layout(S, D, branches, device)
 
-    for batch, seeds, costs in ((4, 1500, (1e3, 15, 10)), (2000, 3, (0, 50, 800))):
+    for batch, seeds, costs in ((4, 400, (1e3, 15, 8)), (2000, 2, (0, 50, 800))):
         counts = {}
         with mock.patch.dict(sample.COSTS, cpu=costs), mock.patch.object(
             sample, "verify_layout", spy
-        ), mock.patch.object(sample.Plan, "useless", lambda plan: False):
+        ), mock.patch.object(sample.Plan, "useless", lambda plan: False), mock.patch.object(
+            cascade.LocalHead, "acceptance", lambda head, x: 3 * (40 * x.sum(dim=-1)).sin()
+        ):
             for seed in range(seeds):
                 for row in sample.generate(net, [[2, 0, 1]] * batch, 3, seed=seed):
                     counts[tuple(row[3:])] = counts.get(tuple(row[3:]), 0) + 1
