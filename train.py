@@ -247,7 +247,7 @@ class Run:
         torch.set_float32_matmul_precision("high")
         keep_memory()
         self.model = CascadeLM(self.config, s.attention)
-        self.model.load_state_dict(self.model.state_dict() | given)
+        self.model.load_state_dict(given, strict=False)  # the local head stays as it starts
         self.score = Score(self.model, s.joint_target)
         if s.shard:
             shard_model(self.score, s.device, processes.world)

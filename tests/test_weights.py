@@ -352,6 +352,9 @@ def test_tokenizer_hugging_face():
                 data.split(name).window([0], len(data.split(name)))[0].tolist()]
             assert words.decode(ids) == PROSE * 200 and ids.count(0) == count, said
             assert words.vocab_size == 320 > size and words.eot == 0 and "hf (320)" in said
+        for eos, eot in ({}, 1), ({"eos_token_id": None}, 1), ({"eos_token_id": 9}, 9):
+            write_tokenizer(source / "e", **eos)
+            assert dataset.HFTokenizer.from_folder(source / "e").eot == eot
         assert words.decode([5, size, 319]) == words.decode([5]) and words.token_text(319) == ""
         assert words.encode("<|end|>") != [0], "a prompt's text became a special token"
         meta = data.meta

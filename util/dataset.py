@@ -229,7 +229,8 @@ class HFTokenizer(Tokenizer):
                         for name in ("tokenizer.json", "config.json"))
         try:
             found, own = json.loads(config), cls(text.decode(), 0, special=special)
-            eot = found.get("eos_token_id", own.bpe.token_to_id(EOT_TEXT))
+            eot = found.get("eos_token_id")
+            eot = own.bpe.token_to_id(EOT_TEXT) if eot is None else eot
             own.eot = eot[0] if isinstance(eot, list) else eot
             own.vocab_size = max(*own.bpe.get_vocab().values(), found["vocab_size"] - 1) + 1
             check_vocabulary(own.meta())
