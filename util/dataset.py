@@ -370,7 +370,8 @@ class Dataset:
             raise DataError(f"no dataset at {shown(self.folder)}: {remedy}")
         try:
             with open(self.folder / "meta.json", "rb") as f:
-                self.meta = json.loads(f.read(LARGEST_META))
+                size = os.fstat(f.fileno()).st_size  # read(n) allocates n at once
+                self.meta = json.loads(f.read(min(size, LARGEST_META)))
             check_meta(self.meta)
             self.splits = {name: Split(self.folder, info, self.meta)
                            for name, info in self.meta["splits"].items()}
