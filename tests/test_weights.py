@@ -125,6 +125,28 @@ def test_weights_config():
     return f"3 architectures; {len(LACKING) + 9} mistakes, one line each"
 
 
+def test_weights_head_dim():
+    """Heads wider than n_embd / n_head are saved and loaded; odd ones, and those that a damaged
+    checkpoint has no tensors for, are refused. (Parity and FLOPs: among the shapes of those.)"""
+    for wrong in (3, -2, 1):
+        refuses(lambda d=wrong: cascade.CascadeConfig(head_dim=d), "even head dimension")
+    refuses(lambda: cascade.CascadeConfig(n_embd=10, n_head=3), "not divisible")
+    assert cascade.CascadeConfig(n_embd=10, n_head=3, head_dim=4).head_dim == 4
+    assert cascade.CascadeConfig(n_embd=12, n_head=3).head_dim == 4
+    with checkpoint_folder(head_dim=12) as (folder, net, _):
+        back, state = checkpoint.load_model(folder)
+        assert back.config == net.config and back.blocks[0].attn.q.weight.shape == (48, 32)
+        state = {k: v for k, v in state.items() if k != "digest"}
+        for wrong, words in ((2 << 20, "larger than its tensors"), (10, "does not fit"),
+                             ("12", "damaged")):
+            changed = state | {"config": state["config"] | {"head_dim": wrong}}
+            checkpoint.save_checkpoint(folder / "best.pt", changed)
+            refuses(lambda: checkpoint.load_model(folder), words)
+        old = {k: v for k, v in state["config"].items() if k != "head_dim"}
+        assert cascade.CascadeConfig(**old).head_dim == 8, "a checkpoint without the field"
+    return "12 of 32 / 4; 7 mistakes"
+
+
 def test_weights_round_trip():
     """A checkpoint out by tools/export.py, in by read_weights, and out again: every bit the same,
     [MASK] the mean of the embeddings, nothing of what drafts; what is not to be replaced stays."""
