@@ -171,7 +171,7 @@ def test_data_refuses_damage():
         meta, one = ((root / "a" / name).read_bytes() for name in ("meta.json", "train_0001.bin"))
         (source / "elsewhere").write_bytes(one)
         harms = [("meta.json", value, "damaged") for value in (
-            b"", b"{", b"[]", b"[" * 100_000, b"\xff", b" " * (17 << 20) + meta)]
+            b"", b"{", b"[]", b"[" * 100_000, b"\xff", b" " * dataset.LARGEST_META + meta)]
         for field, value in ((f, v) for f in WRONG for v in WRONG[f]):
             top = json.loads(meta)
             records = top, top["splits"]["train"], top["splits"]["train"]["shards"][1]

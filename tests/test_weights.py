@@ -126,6 +126,28 @@ def test_weights_config():
     return f"3 architectures; {len(LACKING) + 9} mistakes, one line each"
 
 
+def test_weights_head_dim():
+    """Heads wider than n_embd / n_head are saved and loaded; odd ones, and those that a damaged
+    checkpoint has no tensors for, are refused. (Parity and FLOPs: among the shapes of those.)"""
+    for wrong in (3, -2, 1):
+        refuses(lambda d=wrong: cascade.CascadeConfig(head_dim=d), "even head dimension")
+    refuses(lambda: cascade.CascadeConfig(n_embd=10, n_head=3), "not divisible")
+    assert cascade.CascadeConfig(n_embd=10, n_head=3, head_dim=4).head_dim == 4
+    assert cascade.CascadeConfig(n_embd=12, n_head=3).head_dim == 4
+    with checkpoint_folder(head_dim=12) as (folder, net, _):
+        back, state = checkpoint.load_model(folder)
+        assert back.config == net.config and back.blocks[0].attn.q.weight.shape == (48, 32)
+        state = {k: v for k, v in state.items() if k != "digest"}
+        for wrong, words in ((2 << 20, "larger than its tensors"), (10, "does not fit"),
+                             ("12", "damaged")):
+            changed = state | {"config": state["config"] | {"head_dim": wrong}}
+            checkpoint.save_checkpoint(folder / "best.pt", changed)
+            refuses(lambda: checkpoint.load_model(folder), words)
+        old = {k: v for k, v in state["config"].items() if k != "head_dim"}
+        assert cascade.CascadeConfig(**old).head_dim == 8, "a checkpoint without the field"
+    return "12 of 32 / 4; 7 mistakes"
+
+
 def test_weights_round_trip():
     """A checkpoint out by tools/export.py, in by read_weights, and out again: every bit the same,
     [MASK] the mean of the embeddings, nothing of what drafts; what is not to be replaced stays."""
@@ -354,6 +376,9 @@ def test_tokenizer_hugging_face():
                 data.split(name).window([0], len(data.split(name)))[0].tolist()]
             assert words.decode(ids) == PROSE * 200 and ids.count(0) == count, said
             assert words.vocab_size == 320 > size and words.eot == 0 and "hf (320)" in said
+        for eos, eot in ({}, 1), ({"eos_token_id": None}, 1), ({"eos_token_id": 9}, 9):
+            write_tokenizer(source / "e", **eos)
+            assert dataset.HFTokenizer.from_folder(source / "e").eot == eot
         assert words.decode([5, size, 319]) == words.decode([5]) and words.token_text(319) == ""
         assert words.encode("<|end|>") != [0], "a prompt's text became a special token"
         meta = data.meta

@@ -231,7 +231,8 @@ class HFTokenizer(Tokenizer):
                         for name in ("tokenizer.json", "config.json"))
         try:
             found, own = json.loads(config), cls(text.decode(), 0, special=special)
-            eot = found.get("eos_token_id", own.bpe.token_to_id(EOT_TEXT))
+            eot = found.get("eos_token_id")
+            eot = own.bpe.token_to_id(EOT_TEXT) if eot is None else eot
             own.eot = eot[0] if isinstance(eot, list) else eot
             own.vocab_size = max(*own.bpe.get_vocab().values(), found["vocab_size"] - 1) + 1
             check_vocabulary(own.meta())
@@ -376,7 +377,8 @@ class Dataset:
             raise DataError(f"no dataset at {shown(self.folder)}: {remedy}")
         try:
             with open(self.folder / "meta.json", "rb") as f:
-                self.meta = json.loads(f.read(LARGEST_META))
+                size = os.fstat(f.fileno()).st_size  # read(n) allocates n at once
+                self.meta = json.loads(f.read(min(size, LARGEST_META)))
             check_meta(self.meta)
             self.splits = {name: Split(self.folder, info, self.meta)
                            for name, info in self.meta["splits"].items()}
