@@ -462,7 +462,8 @@ class Evaluation:
             tokens, passes, reached, accepted = 0, 0, torch.zeros(most), torch.zeros(most)
             # branches: drafts behind every number of accepted ones, so that a round is one pass
             for step in generate_stream(self.model, [[]] * s.num_samples, n, mode="verify",
-                                        drafts=most, branches=c.block_size, seed=s.seed, drafter=drafter):
+                                        drafts=most, branches=c.block_size, seed=s.seed,
+                                        drafter=drafter):
                 if step.accepted is None or step.done.any():
                     continue
                 tokens, passes = tokens + int(step.accepted.sum()) + s.num_samples, passes + 1
