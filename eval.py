@@ -532,8 +532,9 @@ class Evaluation:
         for name, drafter in ({"block level": None} | self.control()).items():
             tokens, passes, reached, accepted = 0, 0, torch.zeros(most), torch.zeros(most)
             # branches: drafts behind every number of accepted ones, so that a round is one pass
-            how = {"drafts": most, "branches": c.block_size, "seed": s.seed, "drafter": drafter}
-            for step in generate_stream(self.model, [[]] * s.num_samples, n, mode="verify", **how):
+            for step in generate_stream(self.model, [[]] * s.num_samples, n, mode="verify",
+                                        drafts=most, branches=c.block_size, seed=s.seed,
+                                        drafter=drafter):
                 if step.accepted is None or step.done.any():
                     continue
                 tokens, passes = tokens + int(step.accepted.sum()) + s.num_samples, passes + 1

@@ -619,6 +619,7 @@ class Plan:
         n = o.branches or (o.drafts + 1) * (device.type != "cpu" or B == 1)
         n = 0 if o.drafter is not None else min(n, o.drafts + 1)
         self.behind = sorted([0, *range(o.drafts, 0, -1)][:n])  # none accepted; then the most
+        self.n = n
         self.plain, self.round, self.draw = COSTS["cpu" if device.type == "cpu" else "cuda"]
         # rounds, tokens of a row, and time, as if one good round had passed
         self.rounds, self.gained, self.spent = 1, 1 + o.drafts / 2, self.round + 2 * B * o.drafts
@@ -646,8 +647,8 @@ class Plan:
             lost = self.rate * (self.round + self.most + 2) - 1
         loss = [self.rate * self.plain + masks]
         loss += [masks * n + lost * x for n, x in enumerate(missed, start=1)]
-        n = min(self.o.branches, D + 1) or loss.index(min(loss))
-        return tuple(map(tuple, js[:, :n].tolist()))
+        self.n = min(self.o.branches, D + 1) or loss.index(min(loss))
+        return tuple(map(tuple, js[:, : self.n].tolist()))
 
     def passed(self, accepted, columns, second):
         """Count a round: how many drafts (B,) it accepted, in a pass of so many columns, and
@@ -661,7 +662,9 @@ class Plan:
     def more(self, logit):
         """Whether to draw the next position, of which the local head estimates logit (B,)."""
         reach = logit.double().sigmoid() * (self.reach[-1] if self.reach else 1.0)
-        if self.reach and reach.mean().item() < self.rate * (self.B + self.draw):
+        # a token of the text, a mask in each branch, and one branch more
+        columns = 1 + max(1, self.n) + (len(self.reach) + 2) * (self.n > 0)
+        if self.reach and reach.mean().item() < self.rate * (self.draw + self.B * columns):
             return False
         self.reach.append(reach)
         return True
