@@ -73,9 +73,17 @@ say "## What mode verify accepts, and an n-gram in the drafter's place"
 for run in s8 s16 nano; do
     show python eval.py --out_dir=$out/$run --drafts=true --csv=$out/drafts.csv
 done
-say "## Decoding speed beside the AR baseline"
-show python bench.py decode --out_dir=$out/s8 --ar_dir=$out/ar
-show python bench.py decode --out_dir=$out/s16 --ar_dir=$out/ar
+say "## What choosing the passes can win" \
+    "Fitted on every other window, scored on the rest; the oracles know the losses."
+for run in s8 s16 bd3lm; do
+    show python eval.py --out_dir=$out/$run --schedules=true --windows=$windows
+done
+say "## Decoding speed beside the AR baseline" "verify:D is a fixed number of drafts."
+blocks=block:1,block:2,block:4
+show python bench.py decode --out_dir=$out/s8 --ar_dir=$out/ar \
+    --modes=gpt,verify,verify:2,verify:4,verify:7,$blocks
+show python bench.py decode --out_dir=$out/s16 --ar_dir=$out/ar \
+    --modes=gpt,verify,verify:3,verify:7,verify:15,$blocks
 say "## A training step beside the AR baseline's"
 show python bench.py train
 show python bench.py train --n_layer=6 --n_embd=384 --seq_len=256 --block_size=16 \
