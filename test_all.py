@@ -602,7 +602,7 @@ def test_acceptance_is_calibrated():
         with_it = on.model.state_dict()
         for name, weight in off.model.state_dict().items():
             assert torch.equal(weight, with_it[name]), f"the acceptance output moved {name}"
-        run, _ = train_tiny(folder, **how, max_steps=150)
+        run, _ = train_tiny(folder, **how, max_steps=200)
         x0 = torch.from_numpy(run.data.split("val").window(np.arange(0, 1500, 16), 16))
         found, label = evaluation.acceptance(run.score, x0)
     error = evaluation.calibration_error(found, label)
