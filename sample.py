@@ -27,7 +27,6 @@ import sys
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,8 +49,7 @@ prompt = ""  # text; FILE:path reads a file, - reads standard input
 num_samples = 1
 max_new_tokens = 500
 mode = "auto"  # gpt, block or verify; auto: verify, or block where there is no GPT level
-drafts = 0  # mode verify: drafts in a pass, 1..S-1; 0: chosen each round by the model's estimates
-# of what is accepted, with the branches; S - 1 of a model without
+drafts = 0  # mode verify: drafts in a pass, 1..S-1; 0 = S - 1
 branches = 0  # mode verify: for how many numbers of accepted drafts a pass drafts on; 0: for all;
 # with several samples on a CPU for none: a second pass drafts instead, which is faster there
 # mode block
@@ -215,7 +213,7 @@ class BlockCache:
 
     def attend(self, Q, visible):
         """attend(layer, q, k, v) of Q new tokens: each sees all of its row's cached tokens, and of
-        the new ones those that visible (Q, Q) or (B, Q, Q) bool shows; None shows all."""
+        the new ones those that visible (Q, Q) bool shows; None shows all."""
         low, high = (x.item() for x in self.length.aminmax())
         if low + Q > self.capacity:
             raise ValueError(f"the cache holds {self.capacity} tokens, not {low + Q}")
@@ -227,12 +225,11 @@ class BlockCache:
             behind = torch.arange(end, device=slots.device) - self.length[:, None]  # (B, end)
             hidden = (behind >= Q)[:, None].repeat(1, Q, 1)
             if visible is not None:
-                at = behind.clamp(0, Q - 1)[:, None].expand(-1, Q, -1)
-                inside = ~visible.expand(len(at), Q, Q).gather(2, at)  # (B, Q, end)
+                inside = ~visible.T[behind.clamp(0, Q - 1)].mT  # (B, Q, end)
                 hidden |= inside & (behind >= 0)[:, None]
             mask = self.bias(hidden)[:, None]
         elif visible is not None:
-            mask = F.pad(self.bias(~visible), (high, 0)).unsqueeze(-3)
+            mask = F.pad(self.bias(~visible), (high, 0))
 
         def attend(layer, q, k, v):
             keys, values = self.k[layer], self.v[layer]
@@ -253,9 +250,9 @@ def read(model, tokens, cache, visible=None, offsets=None, stay=0, noisy=None):
     """One cached forward pass over new tokens (B, Q) behind those in `cache`: (B, Q, C).
 
     visible (Q, Q) bool: which of the new tokens each of them sees, besides all that is cached;
-    None: all. offsets (Q,): their positions behind the cached text; None: in order. Both may have
-    rows. The keys of the first `stay` tokens, an int or (B,) int64, remain in the cache. noisy (Q,)
-    bool: what stands in a block that is being denoised; None: the [MASK]s.
+    None: all. offsets (Q,): their positions behind the cached text; None: in order. The keys of the
+    first `stay` tokens, an int or (B,) int64, remain in the cache. noisy (Q,) bool: what stands in
+    a block that is being denoised; None: the [MASK]s.
     """
     Q = tokens.shape[1]
     offsets = torch.arange(Q, device=tokens.device) if offsets is None else offsets
@@ -274,7 +271,7 @@ class Sampling:
     """How to decode; `check` raises ValueError, one line, for what cannot be honoured."""
 
     mode: str = "auto"  # gpt, block, verify
-    drafts: int = 0  # verify: in a pass; 0: by the estimates, or of a model without S - 1
+    drafts: int = 0  # verify: in a pass; 0 = S - 1
     branches: int = 0  # verify: numbers of accepted drafts for which a pass drafts on; 0: auto
     rule: str = "confidence"
     steps: int = 0  # K, passes per block; 0 = S
@@ -287,7 +284,6 @@ class Sampling:
     seed: int = 1337
     stop_token: int | None = None  # a token id that ends a row, and is not part of it
     drafter: object = None  # verify: an NGram to draft in the block level's place
-    auto: bool = False  # verify, set by `check`: the estimates choose, at most `drafts`
 
     def check(self, c):
         S, causal, diffusion = c.block_size, c.context == "causal", c.objective == "diffusion"
@@ -309,7 +305,6 @@ class Sampling:
                                  f"for the default, not {getattr(self, name)}")
         if self.mode == "verify" and S == 1:
             raise ValueError("mode verify needs blocks of two tokens or more: use mode gpt")
-        self.auto = not self.drafts and c.acceptance and self.drafter is None
         self.steps, self.drafts = self.steps or S, self.drafts or S - 1
         for name in ("temperature", "top_k", "gamma"):
             if not getattr(self, name) >= 0:
@@ -375,8 +370,7 @@ class Writer:
         self.length = torch.tensor([len(row) for row in rows], device=where)
         self.goal = self.length + max_new_tokens
         self.done, self.base = self.goal <= self.length, torch.zeros_like(self.length)
-        most = o.drafts + 1 if o.auto else o.branches or o.drafts + 1
-        new = c.block_size * (1 + most) + 1  # tokens of a pass, at most
+        new = c.block_size * (1 + (o.branches or o.drafts + 1)) + 1  # tokens of a pass, at most
         dtype = wanted_dtype(model.embed.weight)
         self.cache = BlockCache(c, len(rows), c.seq_len + new, where, dtype)
 
@@ -459,12 +453,11 @@ class Writer:
             h = self.model.local(h, left)
         return self.model.logits(h)
 
-    def draw_pass(self, h, start, block, reveal, more=None):
+    def draw_pass(self, h, start, block, reveal):
         """Draw the positions `reveal` (B, S) bool of a block (B, S) at start (B,) in one pass, left
         to right: each sees the tokens to its left that are visible or drawn before it. Returns the
         block and the probabilities (B, S, V) that its tokens were drawn from, which mean nothing
-        at other positions. more(logit (B,)), given the local head's estimate of what is accepted at
-        a position, decides before it is drawn whether to go on.
+        at other positions.
         """
         local, w, S = self.model.local, self.c.local_window, block.shape[1]
         race = torch.empty(*block.shape, self.c.vocab_size, dtype=torch.float64, device=h.device)
@@ -477,11 +470,7 @@ class Writer:
         with torch.inference_mode():
             part, weight = local.ready(h)
             for i in reveal.any(dim=0).nonzero()[:, 0].tolist():
-                left = shown[:, S - i : S - i + w]
-                hidden = local.hidden(h[:, i], left, (part[:, i], weight))
-                if more and not more(local.acceptance(hidden)):
-                    break
-                here = h[:, i] + local.down(hidden)
+                here = local(h[:, i], shown[:, S - i : S - i + w], (part[:, i], weight))
                 p[:, i] = now = self.o.probabilities(self.model.logits(here))
                 token = (now / race[:, i]).argmax(dim=-1)
                 shown[:, S - i - 1] = torch.where(reveal[:, i], token, shown[:, S - i - 1])
@@ -575,147 +564,63 @@ def verify(drafts, q, p, count, generator):
     return accepted, draw(rest, generator)
 
 
-@lru_cache(maxsize=256)
-def verify_layout(S, D, branches, device):
-    """(visible, offsets), (B, Q, Q) and (B, Q), of a pass: the last token and D drafts behind it,
-    read as text; then for each j of a row's branches a block of S masks behind draft j, which sees
-    the text as far as j. branches: a tuple of js for each row, equally many, or for all rows one.
-    """
-    js = torch.tensor(branches, dtype=torch.long, device=device)  # (B, n)
-    text, rank = torch.arange(D + 1, device=device), torch.arange(S, device=device)
-    block = torch.cat([text * 0 - 1, torch.arange(js.shape[1] * S, device=device) // S])  # (Q,)
-    sees = torch.cat([text.expand(len(js), -1), js.repeat_interleave(S, dim=1)], dim=1)  # (B, Q)
-    visible = (block[:, None] == block) & (block >= 0)
-    visible = visible | F.pad(sees[:, :, None] >= text, (0, len(block) - D - 1))
-    masks = (js[:, :, None] + 1 + rank).flatten(1)
-    return visible, torch.cat([text.expand(len(js), -1), masks], dim=1)
-
-
-# the time of a pass of mode gpt, of a round of verify and of the draw of a position beside their
-# tokens, in tokens of one row: by the device and not by a clock, so that a seed gives one text
-COSTS = {"cpu": (45, 70, 4), "cuda": (1000, 1500, 150)}
-
-
-class Plan:
-    """How many drafts a round draws, and behind which numbers of accepted ones a pass drafts on.
-
-    As asked, or (`auto`) by the local head's estimates a_i, so that tokens per time grow. Draft i
-    is reached with probability r_i = a_1 ... a_i, and worth it while mean(r_i) > rate * cost.
-    Exactly j are accepted with probability r_j - r_{j+1}: each row carries masks behind its n most
-    probable js, or, n = 0, a second pass drafts on for all rows.
-
-    The text stays exactly the GPT level's: whether draft i is drawn depends on the drafts before
-    it, by a_1 .. a_i, and never on its own value or a later one's, by which its distribution would
-    no longer be the q of the test. Branches may depend on all drafts: they choose whether the next
-    round has any, and those are drawn afresh from their q. Where temperature or truncation change
-    p and q, the a_i are off, and that costs time alone.
-    """
-
-    def __init__(self, w):
-        o, B, device = w.o, len(w.tokens), w.tokens.device
-        self.o, self.B, self.reach, self.most = o, B, [], o.drafts
-        # all branches make one long pass, which costs a CPU as much as two short ones; of several
-        # rows three times as much
-        n = o.branches or (o.drafts + 1) * (device.type != "cpu" or B == 1)
-        n = 0 if o.drafter is not None else min(n, o.drafts + 1)
-        self.behind = sorted([0, *range(o.drafts, 0, -1)][:n])  # none accepted; then the most
-        self.n = n
-        self.plain, self.round, self.draw = COSTS["cpu" if device.type == "cpu" else "cuda"]
-        # rounds, tokens of a row, and time, as if one good round had passed
-        self.rounds, self.gained, self.spent = 1, 1 + o.drafts / 2, self.round + 2 * B * o.drafts
-
-    @property
-    def rate(self):
-        return self.gained / self.spent
-
-    def useless(self):
-        """Whether passes of mode gpt write more tokens per time, as in large batches on a CPU."""
-        return self.o.auto and self.rate * (self.plain + self.B) < 1
-
-    def branches(self, exists, D):
-        """((j, ...), ...): of each row, or of all alike, behind which of its D drafts, if they
-        exist, (B,) bool, a pass carries masks."""
-        if not (self.o.auto and D):
-            return (tuple(self.behind if D else self.behind[:1]),)
-        reach = torch.stack(self.reach, dim=1) * exists[:, None]  # (B, D)
-        exactly = F.pad(reach, (1, 0), value=1.0) - F.pad(reach, (0, 1))
-        ranked, js = exactly.sort(dim=1, descending=True, stable=True)
-        missed = (1 - ranked.cumsum(dim=1).mean(dim=0)).tolist()
-        masks = self.rate * self.B * (self.most + 1)  # what a branch costs, in tokens
-        lost = self.gained / self.rounds - 1  # by a row without drafts
-        if self.B == 1:  # whose pass is a short one
-            lost = self.rate * (self.round + self.most + 2) - 1
-        loss = [self.rate * self.plain + masks]
-        loss += [masks * n + lost * x for n, x in enumerate(missed, start=1)]
-        self.n = min(self.o.branches, D + 1) or loss.index(min(loss))
-        return tuple(map(tuple, js[:, : self.n].tolist()))
-
-    def passed(self, accepted, columns, second):
-        """Count a round: how many drafts (B,) it accepted, in a pass of so many columns, and
-        whether a second one drafts on; the next drafts' estimates follow."""
-        self.rounds += 1
-        self.gained += 1 + accepted.double().mean().item()
-        self.spent += self.round + self.B * columns + self.draw * len(self.reach)
-        self.spent += second * (self.plain + self.B * (self.most + 1))
-        self.reach = []
-
-    def more(self, logit):
-        """Whether to draw the next position, of which the local head estimates logit (B,)."""
-        reach = logit.double().sigmoid() * (self.reach[-1] if self.reach else 1.0)
-        # a token of the text, a mask in each branch, and one branch more
-        columns = 1 + max(1, self.n) + (len(self.reach) + 2) * (self.n > 0)
-        if self.reach and reach.mean().item() < self.rate * (self.draw + self.B * columns):
-            return False
-        self.reach.append(reach)
-        return True
+def verify_layout(n, D, branches, device):
+    """(visible, offsets) of a pass: the last token and D drafts behind it, read as text; then for
+    each j of `branches` a block of n masks behind draft j, which sees the text as far as j."""
+    text = torch.ones(D + 1, D + 1, dtype=torch.bool, device=device).tril()
+    block = torch.ones(n, n, dtype=torch.bool, device=device)
+    visible = torch.block_diag(text, *[block] * len(branches)).bool()
+    offsets = [torch.arange(D + 1, device=device)]
+    for i, j in enumerate(branches):
+        visible[D + 1 + i * n :][:n, : j + 1] = True
+        offsets.append(torch.arange(j + 1, j + 1 + n, device=device))
+    return visible, torch.cat(offsets)
 
 
 def write_verified(w):
-    """Mode verify: each pass checks the drafts of the pass before, and drafts on behind the numbers
-    of them that `Plan` chose; without any a pass of its own drafts on, behind what was accepted."""
+    """Mode verify: each pass checks the drafts of the pass before, and drafts on behind `branches`
+    numbers of them that may be accepted; without branches a pass of its own drafts on, behind what
+    was accepted."""
     o, device, B = w.o, w.tokens.device, len(w.tokens)
+    n = o.drafts + 1  # masks of a block: for the correction, and for the drafts behind it
     yield from first_token(w)
-    plan = Plan(w)
+    # all branches make one long pass, which costs a CPU as much as two short ones; of several rows
+    # three times as much
+    branches = o.branches or (o.drafts + 1) * (device.type != "cpu" or B == 1)
+    branches = 0 if o.drafter is not None else min(branches, o.drafts + 1)
+    behind = sorted([0, *range(o.drafts, 0, -1)][:branches])  # none accepted; then the most
+    plans = {False: (0, behind[:1]), True: (o.drafts, behind)}
+    plans = {k: (D, js, *verify_layout(n, D, js, device)) for k, (D, js) in plans.items()}
+    reveal = (w.ranks[:n] > 0).expand(B, n)
     drafts, count = w.tokens[:, :0], torch.zeros_like(w.length)
     q = torch.zeros(B, 0, w.c.vocab_size, dtype=torch.float64, device=device)
     while not bool(w.done.all()):
-        if plan.useless():
-            yield from write_tokens(w)
-            return
-        start, S = w.length, plan.most + 1  # masks of a block: of a whole one no more than are read
+        start = w.length
         w.prepare(start - 1, 1)
         count = torch.minimum(count, w.base + w.c.seq_len - start)  # what gpt reads in this window
-        D = drafts.shape[1] * bool((count > 0).any())
-        behind = plan.branches(count > 0, D)
-        visible, offsets = verify_layout(S, D, behind, device)
-        n = len(behind[0])
-        masks = torch.full((B, max(1, n) * S), w.c.mask_id, device=device)
-        tokens = [w.at(start - 1, 1), drafts[:, :D], masks[:, : n * S]]
+        D, behind, visible, offsets = plans[bool((count > 0).any())]
+        masks = torch.full((B, max(1, len(behind)) * n), w.c.mask_id, device=device)
+        tokens = [w.at(start - 1, 1), drafts[:, :D], masks[:, : len(behind) * n]]
         h = w.read(torch.cat(tokens, dim=1), visible, offsets)
         p = o.probabilities(w.model.logits(h[:, : D + 1]))
         accepted, token = verify(drafts[:, :D], q[:, :D], p, count, w.generator)
         w.cache.length = w.cache.length + torch.where(w.done, 0, accepted + 1)
         text = F.pad(drafts[:, :D], (0, 1)).scatter(1, accepted[:, None], token[:, None])
         w.settle(start, text, start + accepted + 1)
-        plan.passed(accepted, D + 1 + n * S, not n)
         if o.drafter is not None:
             drafts, q = o.drafter.draft(w.tokens, w.length, o.drafts, w.draw)
             count = torch.full_like(count, o.drafts)
-        elif n or not bool(w.done.all()):
-            found = torch.ones_like(w.done)
-            if n:  # the branch that drafted on, if one did
-                match = torch.tensor(behind, device=device) == accepted[:, None]  # (B, n)
-                found, which = match.any(dim=1), match.long().argmax(dim=1)
-                h = h[:, D + 1 :].unflatten(1, (n, S))[w.ranks[:B], which]
+        elif behind or not bool(w.done.all()):
+            if behind:  # the branch that drafted on, -1 where none did
+                which = [behind.index(j) if j in behind else -1 for j in range(D + 1)]
+                which = torch.tensor(which, device=device)[accepted]
+                h = h[:, D + 1 :].unflatten(1, (-1, n))[w.ranks[:B], which]
             else:
-                h = w.read(masks)
-            block = F.pad(token[:, None], (0, S - 1), value=w.c.mask_id)
-            reveal = (w.ranks[:S] > 0).expand(B, S) & bool(found.any())
-            block, q = w.draw_pass(h, start + accepted, block, reveal, o.auto and plan.more)
-            drawn = len(plan.reach) if o.auto else S - 1
-            drafts, q = block[:, 1 : drawn + 1], q[:, 1 : drawn + 1]
-            count = torch.where(found, drawn, 0)
-            plan.most = min(o.drafts, drawn + 1) if drawn else plan.most
+                h, which = w.read(masks), torch.zeros_like(accepted)
+            block = F.pad(token[:, None], (0, o.drafts), value=w.c.mask_id)
+            block, q = w.draw_pass(h, start + accepted, block, reveal)
+            drafts, q = block[:, 1:], q[:, 1:]
+            count = torch.where(which >= 0, o.drafts, 0)
         new = w.ranks[: D + 1] <= accepted[:, None]
         shown = drafts.masked_fill(count[:, None] == 0, w.c.mask_id)  # no branch drafted on here
         yield w.step(start, text, new, accepted, shown)

@@ -95,7 +95,7 @@ qk_norm = True
 context = "causal"  # the clean stream is a GPT; or "block", as in BD3-LM
 local_window = 4  # w, left tokens that the local head sees; 0: no local head
 local_hidden = 0  # width of the local head; 0: twice n_embd
-acceptance = True  # with a GPT level and a local head: it learns to tell what the former accepts
+acceptance = False  # the local head learns to tell what the GPT level accepts: eval.py --drafts
 draft_rank = 0  # of what noisy positions add to the projections, for --train=draft; 0: nothing
 # the loss: bound + gpt_weight * next-token NLL + joint_weight * NLL of joint passes
 loss_on = "all"  # or "completion": text behind the dataset's separator, in every term

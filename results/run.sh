@@ -31,8 +31,8 @@ show() {  # a command, then what it prints
     "$@" | sed 's/^/    /' >> $page
 }
 
-train s8 & first=$!
-train s16 --block_size=16
+train s8 --acceptance=true & first=$!
+train s16 --block_size=16 --acceptance=true
 wait $first
 train bd3lm config/bd3lm.py & first=$!
 train ar --objective=ar
@@ -57,7 +57,7 @@ say "## The quick start" "\`python train.py config/nano.py\`, 4.5 minutes on bot
 sed 's/^/    /; 1i\\' $out/nano.txt | grep -vE '^    step +[0-9]*50 ' >> $page
 say "## Four models, $steps steps of 512 characters each, one thread" \
     "Named by what differs from train.py's defaults. The minutes are those of a crowded machine."
-for run in "s8" "s16 --block_size=16" "bd3lm config/bd3lm.py" "ar --objective=ar"; do
+for run in "s8 --acceptance=true" "s16 --block_size=16 --acceptance=true" "bd3lm config/bd3lm.py" "ar --objective=ar"; do
     say "**$run**"
     grep -E "^(model|after|bound|NLL)" $out/${run%% *}.txt | sed 's/^/    /; 1i\\' >> $page
 done
