@@ -524,8 +524,6 @@ class Evaluation:
                      f"are; calibration error {error:.4f}; by rank in a block " + " ".join(
                          f"{estimate[i - 1 :: most + 1].mean():.2f}/"
                          f"{label[i - 1 :: most + 1].mean():.2f}" for i in range(1, most + 1)))
-            self.table.append({"drafter": "estimates", "calibration_error": error,
-                               "estimate": estimate.mean().item(), "label": label.mean().item()})
         n = min(s.sample_tokens or c.seq_len, c.seq_len)  # past it windows slide, and drafts end
         self.say(f"samples    {s.num_samples} of {n} tokens a row from nothing, temperature 1\n\n"
                  "drafter          drafts  tokens/pass   accepted, draft by draft")
