@@ -237,6 +237,9 @@ def evaluate(score, split, windows, seed=0, batch=16, autocast=nullcontext, proc
     share = (scored.mean(dim=1) / scored.mean().clamp(min=1e-9)).to(where)  # of a window's tokens
     noise = corrupt_all_blocks(blank, c.block_size, c.mask_id, step_generator(seed, -1))
     rank, world = (processes.rank, processes.world) if processes else (0, 1)
+    if not scored.any():
+        raise SettingsError("no validation window has a completion to score: raise --eval_windows, "
+                            "or give validation text with the separator")
     total = {}
     batches = torch.arange(windows).split(batch)
     # sharded weights are gathered by all processes together: none may sit the last round out
@@ -445,6 +448,8 @@ class Evaluation:
         kind = "autoregressive" if c.objective == "ar" else f"blocks of {c.block_size}"
         self.say(f"model      {find_checkpoint(s.out_dir)}: step {state['step']}, "
                  f"{self.run['parameters']:,} parameters, context {c.seq_len}, {kind}")
+        if state["settings"].get("loss_on") == "completion":
+            self.say("note       all of the text is scored here, not its completions alone")
 
     def cut(self, length, most):
         """(W, length): the split's windows from its start, or `most` of them, evenly spread."""

@@ -305,6 +305,8 @@ class Sampling:
                                  f"for the default, not {getattr(self, name)}")
         if self.mode == "verify" and S == 1:
             raise ValueError("mode verify needs blocks of two tokens or more: use mode gpt")
+        if self.mode != "block" and (self.steps or self.plan):
+            raise ValueError(f"steps are for mode block, not {self.mode}: set --mode=block")
         self.steps, self.drafts = self.steps or S, self.drafts or S - 1
         for name in ("temperature", "top_k", "gamma"):
             if not getattr(self, name) >= 0:
@@ -694,8 +696,9 @@ def read_steps(s, S, digest):
             weights = torch.tensor(found["excess"], dtype=torch.float64)
             if found["digest"] == digest and weights.shape == (2, S, S):
                 return 0, lambda view: plan(predict_excess(weights, features(view).cpu()), s.nats)
-        raise SettingsError(f"{path} is missing, or not of this checkpoint and block size: "
-                            f"python eval.py --out_dir={s.out_dir} --schedules=true writes it")
+        raise SettingsError(f"{path} is missing, or not of this checkpoint and block size: python "
+                            f"eval.py --out_dir={s.out_dir} --schedules=true writes it, of a model "
+                            "with a GPT level")
     with suppress(ValueError):
         begin = [int(x) for x in s.steps.split(",")]
         if len(begin) == 1:
@@ -727,7 +730,7 @@ def main(argv):
     s = SimpleNamespace(**override(DEFAULTS, argv))
     check_settings(s, {}, RANGES)
     model, tokenizer = load(s)
-    ids = tokenizer.encode(read_prompt(s.prompt))
+    ids = tokenizer.encode_prompt(read_prompt(s.prompt))
     s.device = str(next(model.parameters()).device)
     choose_dtype(s, s.device, small=True)
     stream = generate_stream(

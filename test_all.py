@@ -1320,6 +1320,14 @@ def test_loss_on_completion():
             run, _ = train_tiny(f"{path}/c", max_steps=3, batch_size=1, loss_on="completion",
                                 objective=objective)
             assert weights(run).isfinite().all() and run.final["gpt"][0] < math.log(256) * 1.2
+        words = data.tokenizer  # a prompt has the separator's tokens, as the data do
+        words.separator = [1, 2]
+        with mock.patch.object(type(words), "decode", lambda *_: "##"):
+            assert words.encode_prompt("a##b") == [97, 1, 2, 98]
+        nothing = lambda *_: np.zeros((4, N), bool)  # noqa: E731
+        with mock.patch.object(type(split), "completions", nothing):
+            refuses(lambda: evaluation.evaluate(Score(net), split, 4, loss_on="completion"),
+                    "no validation window has a completion")
         write_dataset(path / "plain", "abcdef\n" * 100)
         refuses(lambda: train_tiny(path / "plain", max_steps=1, loss_on="completion"),
                 "no separator", "--separator=STRING")

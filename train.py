@@ -174,16 +174,17 @@ def resolve(s, processes):
     if s.objective == "ar":
         s.block_size, s.context, s.local_window, s.corruption = 1, "causal", 0, "all"
         s.draft_rank = 0
+    soft = [f"{name}={getattr(s, name)}" for name in ("joint_target", "gpt_target")
+            if getattr(s, name) != "text"]
     if not s.local_window:
         s.full_share = 0.0
         s.joint_target = "text"
-    soft = {s.joint_target, s.gpt_target} - {"text"}
     for what, asked in (("train=draft", s.train == "draft"), ("draft_rank", s.draft_rank),
-                        (f"joint_target={s.joint_target}", soft)):
+                        (" and --".join(soft), soft)):
         if asked and (s.context == "block" or s.objective == "ar"):
             raise SettingsError(f"--{what} needs a GPT level beside blocks: set --context=causal "
                                 "and --objective=diffusion")
-    if bool(s.teacher) != ("teacher" in soft):
+    if bool(s.teacher) != ("teacher" in "".join(soft)):
         raise SettingsError("--teacher=DIR goes with --joint_target=teacher or "
                             "--gpt_target=teacher: give both")
     if s.train == "draft" and (s.init_from == "scratch" or not (s.draft_rank or s.local_window)):
@@ -267,6 +268,9 @@ class Run:
         """`given`: the names of the settings that the user chose; others a source may set."""
         self.s, self.processes = s, processes
         source, weights, meta = load_source(s)
+        if s.train == "draft" and s.init_from != "resume" and source.get("context") == "block":
+            raise SettingsError(f"--train=draft: {s.init_from} has no GPT level to keep; give a "
+                                "run with --context=causal")
         vars(s).update((k, v) for k, v in source.items() if k in DEFAULTS and k not in given)
         asked = dict(vars(s))  # before "auto" is resolved
         lines = resolve(s, processes)
@@ -333,8 +337,10 @@ class Run:
             raise SettingsError(f"--teacher={s.teacher} needs a GPT level and a context of "
                                 f"{s.seq_len} tokens: use another, or lower --seq_len")
         s.teacher_digest = state["digest"]  # check_same compares it
-        model.attention = s.attention
-        return model.requires_grad_(False)
+        if s.seq_len % model.config.block_size:
+            raise SettingsError(f"--teacher={s.teacher} has blocks of {model.config.block_size}, "
+                                f"which do not divide --seq_len={s.seq_len}: use another length")
+        return model.requires_grad_(False)  # by chunks, for it is not compiled
 
     def described(self):
         """Lines on what will be trained, on what."""
@@ -383,7 +389,7 @@ class Run:
         s, size = self.s, self.s.micro_batch or self.s.batch_size // self.processes.world
         whole = s.copies == 2 or size * (s.seq_len // s.block_size) % s.block_size == 0
         exact = s.noise == "balanced" and s.corruption == "all" and not s.full_share
-        static = s.objective == "ar" or (exact and whole)
+        static = (s.objective == "ar" or (exact and whole)) and s.loss_on == "all"
         return False if static else None
 
     def uncompiled(self):

@@ -475,7 +475,7 @@ MISTAKES = (  # script, what all its lines begin with, (the rest of a line, word
     (sample, "--out_dir=S4", (
         ("--steps=5", "steps", "1..4"), ("--tau=1.5", "tau"), ("--steps=x", "as in 0,1,4"),
         ("--steps=1,2", "from 0"), ("--steps=0,2,2", "from 0"), ("--steps=0,4", "below 4"),
-        ("--num_samples=0", "num_samples"),
+        ("--num_samples=0", "num_samples"), ("--mode=gpt --steps=2", "mode block"),
         ("--prompt=Caps", "'Cps"), ("--stop=ab", "ab"), ("--stop=Z", "Z"), ("--prompt=-", "U"),
         ("--prompt=FILE:no", "No such file"), ("--prompt=FILE:S4", "directory"),
         ("--prompt=FILE:bytes.txt", "UTF-8"), ("--delay=-1", "delay"), ("--delay=nan", "delay"),

@@ -83,6 +83,8 @@ LACKING = (  # a change of the config.json above, and words of the refusal
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type", "linear"),
     ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn"}}, "rope_type", "yarn"),
     ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor", "0.5"),
+    ({"rope_scaling": {"factor": 8.0}}, "factor", "8.0"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "llama3"}}}, "differ by layer"),
     ({"attention_bias": True}, "attention_bias"), ({"mlp_bias": True}, "mlp_bias"),
     ({"use_sliding_window": True}, "use_sliding_window"), ({"hidden_act": "gelu"}, "gelu"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
@@ -154,7 +156,7 @@ def test_weights_round_trip():
     (safetensors,) = needs("safetensors.torch")
     count = 0
     for shape in ({}, {"tie_embeddings": True, "qk_norm": False}, {"head_dim": 12, "n_kv_head": 1},
-                  {"objective": "ar", "rope_base": 5e3, "norm_eps": 1e-6, "qk_norm": False}):
+                  {"rope_base": 5e3, "norm_eps": 1e-6, "qk_norm": False}):
         with checkpoint_folder(**shape) as (folder, net, _):
             to = folder / "new" / "a"
             said = succeeds(export, f"--out_dir={folder}", f"--to={to}")
@@ -184,9 +186,10 @@ def test_weights_round_trip():
             with mock.patch.object(hf, "write_folder", side_effect=OSError(28, "No space")):
                 refuses_command(export, [f"--out_dir={folder}", f"--to={folder}/c"], "No space")
             assert not (folder / "c").exists() and len(os.listdir(folder)) == 3
-    with checkpoint_folder(context="block") as (folder, *_):
-        refuses_command(export, [f"--out_dir={folder}", f"--to={folder}/a"], "no GPT level")
-    return f"{count:,} numbers of 4 models, 0 bits of difference; 7 mistakes"
+    for how, word in (({"context": "block"}, "no GPT level"), ({"objective": "ar"}, "baseline")):
+        with checkpoint_folder(**how) as (folder, *_):
+            refuses_command(export, [f"--out_dir={folder}", f"--to={folder}/a"], word)
+    return f"{count:,} numbers of 4 models, 0 bits of difference; 8 mistakes"
 
 
 def test_weights_damage():
@@ -246,7 +249,15 @@ def test_weights_damage():
         assert not Path(settings["out_dir"]).exists(), "a refused run left a folder"
         with mock.patch.dict(sys.modules, {"safetensors": None, "safetensors.torch": None}):
             refuses_command(train, arguments(settings), "pip install safetensors")
-    return f"{count + 6} damages, one line each"
+    with hub_folder(tie_embeddings=True) as (folder, net):  # some store the tied weight twice
+        path, head = folder / "model.safetensors", "lm_head.weight"
+        whole = load_file(path)
+        embed = whole["model.embed_tokens.weight"]
+        save_file(whole | {head: embed.clone()}, path)
+        assert (hf.read_weights(folder, net.config)["embed.weight"][:-1] == embed).all()
+        save_file(whole | {head: embed + 1}, path)
+        refuses(lambda: hf.read_weights(folder, net.config), head, "tied")
+    return f"{count + 7} damages, one line each"
 
 
 def gpt_nll(net, x0):

@@ -34,6 +34,9 @@ def main(argv):
     model, state = load_model(s.out_dir)
     if model.config.context == "block":
         raise SettingsError(f"{s.out_dir} has no GPT level to export: train with --context=causal")
+    if model.config.objective == "ar":
+        raise SettingsError(f"{s.out_dir} is an AR baseline, which reads [MASK] as the beginning "
+                            "of a text and is another model without: export a cascade's GPT level")
     with writing(to):
         to.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{to.name}.", dir=to.parent) as folder:

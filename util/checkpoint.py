@@ -11,6 +11,7 @@ stranger's: it cannot run code (weights_only=True), and `check_state` is the one
 
 import math
 import os
+import re
 import sys
 import warnings
 import zipfile
@@ -128,9 +129,10 @@ def check_state(state, size):
     must(all(map(is_plain, model.values())), "its weights are no float32 tensors")
     local = c.local_hidden * (4 + c.local_window) // 4 if c.local_window else 0
     layers = c.n_layer * max(c.n_head * c.head_dim, c.n_hidden)
-    rows = max(layers, c.vocab_size, local, layers * c.draft_rank // c.n_embd)
-    must(rows * c.n_embd <= sum(x.numel() for x in model.values()) and c.seq_len <= 2**20,
-         "its config is larger than its tensors")
+    rows = max(layers, c.vocab_size, local, layers * c.draft_rank // c.n_embd,
+               c.n_layer * c.draft_rank)
+    must(rows * c.n_embd <= sum(x.numel() for x in model.values()) and c.seq_len <= 2**20
+         and c.seq_len * c.head_dim <= 2**28, "its config is larger than its tensors")
     must(state["meta"].get("vocab_size") == c.vocab_size, "its vocabulary is not its config's")
     must(all_finite([model, state["optimizers"]]), "not all of its numbers are finite")
 
@@ -197,8 +199,9 @@ def take_over(model, fields, weights, where):
     if other := [k for k in FIXED if getattr(c, k) != getattr(source, k)]:
         had = ", ".join(f"{k} {getattr(source, k)}" for k in other)
         raise SettingsError(f"--init_from={where} has {had}: leave --{' and --'.join(other)} out")
-    for part, what in (("local.", "local head"), ("draft_", "draft_rank")):
-        mine, theirs = ({k: x[k].shape for k in x if part in k} for x in (own, weights))
+    for part, what in ((r"local\.(?!accept)", "local head"), (r"local\.accept", "acceptance"),
+                       ("draft_", "draft_rank")):
+        mine, theirs = ({k: x[k].shape for k in x if re.search(part, k)} for x in (own, weights))
         if mine != theirs:
             parts.append(f"{'new' if mine else 'without its'} {what}")
             weights = {k: v for k, v in weights.items() if k not in theirs} | {

@@ -96,14 +96,26 @@ class Tokenizer:
         except ValueError as e:
             raise DataError(f"the vocabulary is damaged ({e}): prepare the data again") from e
         if meta["tokenizer"] == "char":
-            return CharTokenizer(meta["chars"])
-        if meta["tokenizer"] == "hf":
-            return HFTokenizer(meta["tokenizer_json"], meta["vocab_size"], meta.get("eot"))
-        return UTF8_TOKENIZERS[meta["tokenizer"]](eot=meta.get("eot") is not None)
+            found = CharTokenizer(meta["chars"])
+        elif meta["tokenizer"] == "hf":
+            found = HFTokenizer(meta["tokenizer_json"], meta["vocab_size"], meta.get("eot"))
+        else:
+            found = UTF8_TOKENIZERS[meta["tokenizer"]](eot=meta.get("eot") is not None)
+        found.separator = meta.get("separator", [])
+        return found
 
     def meta(self):
         """The part of meta.json that from_meta needs."""
         return {"tokenizer": self.kind, "vocab_size": self.vocab_size, "eot": self.eot}
+
+    def encode_prompt(self, text):
+        """`encode`, but a separator keeps the tokens that it has in the data."""
+        if not self.separator:
+            return self.encode(text)
+        ids, *rest = (self.encode(part) for part in text.split(self.decode(self.separator)))
+        for part in rest:
+            ids += [*self.separator, *part]
+        return ids
 
     def encode(self, text):
         """str -> list of int ids. Raises DataError on what the vocabulary cannot write."""

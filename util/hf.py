@@ -28,8 +28,8 @@ SHAPE = (*SIZES, "rope_base", "norm_eps", "tie_embeddings", "qk_norm")  # what a
 PLAIN = {  # of what a config.json may ask for, the values that this network has, the default first
     "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
     "use_sliding_window": (False,), "sliding_window": (None,), "rope_type": ("default",),
-    "type": ("default",), "partial_rotary_factor": (1,), "layer_types": (["full_attention"],),
-    "quantization_config": (None,)}
+    "type": ("default",), "factor": (1,), "partial_rotary_factor": (1,),
+    "layer_types": (["full_attention"],), "quantization_config": (None,)}
 NAMES = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm",
          "head": "lm_head", "attn": "self_attn", "attn_norm": "input_layernorm",
          "mlp_norm": "post_attention_layernorm",
@@ -56,7 +56,9 @@ def read_config(folder, seq_len):
         if name not in QK_NORM:
             raise ValueError(f"its architecture is {name}, not {', '.join(QK_NORM)}")
         for rope in ("rope_scaling", "rope_parameters"):  # of transformers 4, and 5
-            found |= found.get(rope) or {}
+            found |= (rope := found.get(rope) or {})
+            if any(isinstance(x, dict) for x in rope.values()):
+                raise ValueError("its rope_parameters differ by layer, which this network lacks")
         found["layer_types"] = sorted(set(found.get("layer_types") or ["full_attention"]))
         if "use_sliding_window" in found:  # then it decides, whatever the width
             found["sliding_window"] = None
@@ -115,6 +117,8 @@ def read_weights(folder, c):
             shards = field(json.loads(index.read_bytes()), "weight_map", dict)
             files = sorted(set(shards.values()))
         wanted, found = weight_names(c), {}
+        if c.tie_embeddings:  # some folders store the tied weight a second time
+            wanted["lm_head.weight"] = "head.weight", wanted["model.embed_tokens.weight"][1]
         for file in files:
             if not PLAIN_NAME.fullmatch(file) or not Path(folder, file).is_file():
                 raise ValueError(f"its {file} is missing")
@@ -134,9 +138,11 @@ def read_weights(folder, c):
                         raise ValueError(f"not all numbers of its {name} are finite")
                     found[ours] = x.float()
         for name, (ours, _) in wanted.items():
-            if ours not in found:
+            if ours not in found and not (c.tie_embeddings and ours == "head.weight"):
                 raise ValueError(f"its {name} is missing")
-    embed = found["embed.weight"]
+        embed = found["embed.weight"]
+        if c.tie_embeddings and not torch.equal(found.pop("head.weight", embed), embed):
+            raise ValueError("its lm_head.weight is not the embeddings, though they are tied")
     return found | {"embed.weight": torch.cat([embed, embed.mean(dim=0, keepdim=True)])}
 
 

@@ -268,6 +268,10 @@ def main():
     dataset.refuse_existing(folder, args.overwrite)
     tokenizer = make_tokenizer(args)
 
+    if args.separator and tokenizer.eot is None:
+        raise DataError(f"--separator needs an end-of-text token, which {args.tokenizer} lacks: "
+                        "use --tokenizer=byte or gpt2")
+
     corpus = Corpus(find_files(args.input))
     chars = corpus.check(want_chars=not tokenizer)
     tokenizer = tokenizer or dataset.CharTokenizer(chars)
