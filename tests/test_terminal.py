@@ -65,8 +65,8 @@ def test_display():
         ((9, 6, 9, 20), "block"),
     ):
         out, below = mock.Mock(encoding="utf-8"), int(height > 3)
-        stream = sample.generate_stream(net, [[1, 2, 3]] * samples, new, mode=mode, steps=2,
-                                        branches=2)
+        stream = sample.generate_stream(net, [[1, 2, 3]] * samples, new, mode=mode, branches=2,
+                                        steps=2 * (mode == "block"))
         size = mock.Mock(return_value=os.terminal_size((width, height)))
         with mock.patch("shutil.get_terminal_size", size):
             display = Display(tokenizer, mask_id, out)
