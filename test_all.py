@@ -1320,18 +1320,29 @@ def test_loss_on_completion():
             run, _ = train_tiny(f"{path}/c", max_steps=3, batch_size=1, loss_on="completion",
                                 objective=objective)
             assert weights(run).isfinite().all() and run.final["gpt"][0] < math.log(256) * 1.2
-        words = data.tokenizer  # a prompt has the separator's tokens, as the data do
-        words.separator = [1, 2]
-        with mock.patch.object(type(words), "decode", lambda *_: "##"):
-            assert words.encode_prompt("a##b") == [97, 1, 2, 98]
-        nothing = lambda *_: np.zeros((4, N), bool)  # noqa: E731
-        with mock.patch.object(type(split), "completions", nothing):
-            refuses(lambda: evaluation.evaluate(Score(net), split, 4, loss_on="completion"),
-                    "no validation window has a completion")
         write_dataset(path / "plain", "abcdef\n" * 100)
         refuses(lambda: train_tiny(path / "plain", max_steps=1, loss_on="completion"),
                 "no separator", "--separator=STRING")
     return within(off, 0.05, f"{share:.0%} of the tokens; terms of 150 steps off by")
+
+
+def test_completion_edges():
+    """A prompt has the separator's tokens, as the data do, whatever stands beside them; validation
+    text without a completion is refused, not scored as 0."""
+    words = dataset.ByteTokenizer()
+    words.separator = list(b"##")
+    assert words.encode_prompt("a##b") == list(b"a##b")
+    words.separator = [1, 2]  # that no encoding of "##" gives
+    with mock.patch.object(type(words), "decode", lambda *_: "##"):
+        assert words.encode_prompt("a##b") == [97, 1, 2, 98]
+    net = tiny_model(vocab_size=7, seq_len=16, block_size=4)
+    with data_folder() as folder:
+        split = dataset.load_dataset(folder).split("val")
+        nothing = lambda at, n: np.zeros((len(at), n), bool)  # noqa: E731
+        with mock.patch.object(split, "completions", nothing):
+            refuses(lambda: evaluation.evaluate(Score(net), split, 4, loss_on="completion"),
+                    "no validation window has a completion")
+    return "the separator's own tokens; no completion refused"
 
 
 def test_start_from_another_run():

@@ -276,13 +276,7 @@ class Run:
         lines = resolve(s, processes)
         processes.open(s.device)
         self.data = load_or_prepare(s.dataset, s.seq_len, processes)
-        if s.loss_on == "completion" and "separator" not in self.data.meta:
-            raise SettingsError(f"--loss_on=completion: {s.dataset} has no separator; prepare it "
-                                "by data/text/prepare.py with --separator=STRING")
-        if s.init_from.startswith("hf:"):
-            hf.check_tokens(s.init_from[3:], source["vocab_size"], self.data.meta)
-        elif weights:
-            check_vocabulary(meta, self.data.meta, f"--dataset={s.dataset}")
+        self.check_data(source, meta)
         names = CascadeConfig.__dataclass_fields__
         shape = source | {k: v for k, v in vars(s).items() if k in names}
         self.config = CascadeConfig(**shape | {"vocab_size": self.data.vocab_size})
@@ -327,6 +321,18 @@ class Run:
             self.parallel = parallel(self.score, **{buffers: False})
         if processes.main:
             print("\n".join([*lines, *self.described()]), flush=True)
+
+    def check_data(self, source, meta):
+        """SettingsError for data that lack what the settings score, or that mean something else by
+        their ids than the source of the weights: fields of its config, and the meta of a run."""
+        s = self.s
+        if s.loss_on == "completion" and "separator" not in self.data.meta:
+            raise SettingsError(f"--loss_on=completion: {s.dataset} has no separator; prepare it "
+                                "by data/text/prepare.py with --separator=STRING")
+        if s.init_from.startswith("hf:"):
+            hf.check_tokens(s.init_from[3:], source["vocab_size"], self.data.meta)
+        elif meta:
+            check_vocabulary(meta, self.data.meta, f"--dataset={s.dataset}")
 
     def load_teacher(self):
         """The frozen model of the setting `teacher`; a resumed run must give it again."""
