@@ -10,12 +10,8 @@ dropout and gives 1.88 nats a character after about 3 minutes. The same here: fl
 everything at 1e-3 falling to 1e-4, beta2 0.99, 100 steps of warm-up, weight decay 0.1, gradients
 clipped at 1, tiny Shakespeare. Different: the fall is linear, there a cosine; the network is
 Llama-shaped (rotary positions, RMSNorm, SwiGLU); the loss is taken on fixed windows spread over the
-validation text, there on random ones. The last command is the three levels in as much time.
-
-Measured on one thread of an AMD EPYC with bf16 units, torch 2.13.0, one run each: nanoGPT itself
-(commit 3adf61e, those settings, seed 1337) ends at 1.886 after 140 s of CPU time; the last command,
-with --max_minutes=0 --max_steps=980 and seed 1337, after 141 s: one pass for every 16 characters
-1.854 +- 0.010, exact; the GPT level 1.902; the bound <= 2.267.
+validation text, there on random ones. The last command is the three levels in as much time;
+results/notes.md has both beside nanoGPT itself.
 """
 
 out_dir = "out/nanogpt_cpu"

@@ -1,5 +1,6 @@
 """The commands: each job on a tiny checkpoint, what it prints, and one table of mistakes."""
 
+import ast
 import contextlib
 import functools
 import io
@@ -7,6 +8,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -23,6 +25,7 @@ import eval as evaluation
 import sample
 import train
 from model import CascadeConfig, CascadeLM
+from results import page, run
 from tests.common import (
     CHARS,
     HERE,
@@ -151,16 +154,53 @@ def test_configs():
     return f"{len(list((HERE / 'config').glob('*.py')))} files, {len(stated)} sizes"
 
 
+def figures(text):
+    """The decimal fractions in a text, but for those in code and in names of papers."""
+    text = re.sub(r"`[^`]*`|arXiv \d+\.\d+|torch \d+\.\d+", "", text)
+    return set(re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", text))
+
+
 def test_readme_figures():
-    """The figures of the README's results are those of results/README.md, which a command made."""
-    readme, made = ((HERE / p).read_text() for p in ("README.md", "results/README.md"))
-    part = readme[readme.index("## Results") : readme.index("## The idea")]
-    figures = set(re.findall(r"\d+\.\d+", part))
-    known = re.findall(r"\d+\.\d+", made)
-    missing = {f for f in figures if not any(
+    """results/README.md is what tables.json gives, and the figures of README.md and of configs'
+    comments are, rounded, on it."""
+    template, made = ((HERE / "results" / p).read_text() for p in ("page.md", "README.md"))
+    tables = page.load(HERE / "results/tables.json")
+    assert page.render(template, *tables) == made, "run python results/page.py"
+    known, rows = figures(made), set(made.splitlines())
+    shown = (HERE / "README.md").read_text()
+    measured = shown[: shown.index("## The idea")]  # behind it: settings, not measurements
+    for line in measured[measured.index("## Results") :].splitlines():
+        assert not line.startswith("|") or line in rows or not figures(line), line
+    found = figures(measured) | figures(train_doc("nano"))
+    missing = {f for f in found if not any(
         f == f"{float(x):.{len(f.split('.')[1])}f}" for x in known)}
-    assert len(figures) > 10 and not missing, missing
-    return f"{len(figures)} figures, rounded, are in results/README.md"
+    assert len(found) > 10 and not missing, missing
+    return f"{len(found)} figures, rounded, are in results/README.md, as tables.json has them"
+
+
+def train_doc(name):
+    """The comment of a config file."""
+    return ast.get_docstring(ast.parse((HERE / f"config/{name}.py").read_text()))
+
+
+def test_results_are_of_this_code():
+    """What results/ says was measured with the code as it stands; only prose may differ."""
+    now, about = run.logic(run.measured_by()), page.load(HERE / "results/tables.json")[0]
+    changed = subprocess.run(["git", "status", "--porcelain", "--", "*.py"], cwd=HERE,
+                             capture_output=True, text=True, check=False).stdout
+    if now != about.code and changed:
+        raise Skip("the code is being changed: results/ are of the code before")
+    assert now == about.code, (f"results/ are of commit {about.commit}, and the code has changed: "
+                               "python results/run.py makes them again")
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(run, "ROOT", Path(folder)):
+        path, codes = Path(folder, "a.py"), []
+        for text in ('"""Doc."""\ndef f(x):\n    "doc"\n    return x + 1  # why\n',
+                     "def f(x):\n    return x + 1\n", "def f(x):\n    return x + 2\n",
+                     "def f(y):\n    return x + 1\n", "def f(x):\n    return x - 1\n"):
+            path.write_text(text)
+            codes.append(run.logic([path]))
+    assert codes[0] == codes[1] and len(set(codes)) == 4, codes
+    return f"commit {about.commit}, code {now}; prose does not change it, three edits do"
 
 
 def test_draws_are_float64():
@@ -424,7 +464,7 @@ def test_plot():
     folder, _ = trained()
     with tempfile.TemporaryDirectory() as out:
         table = Path(out, "frontier.csv")
-        table.write_text("method,passes_per_token,nll,nll_error\nplain,0.25,2.9,0.01\n"
+        table.write_text("# a remark\nmethod,passes_per_token,nll,nll_error\nplain,0.25,2.9,0.01\n"
                          "plain,1,2.1,0.01\nverify,0.3,1.65,0.01\n5-gram,,1.62,0.01\n")
         argv = [f"--frontier={table}", f"--out_dir={out}/new", f"--runs=mine:{folder}/S4,AR:"
                 f"{folder}/ar/log.csv"]

@@ -46,11 +46,13 @@ def pyplot():
 
 
 def read_table(path, names, remedy):
-    """The rows of a CSV file: `names[0]` as text, the others as floats, NaN where empty."""
+    """The rows of a CSV file: `names[0]` as text, the others as floats, NaN where empty; a line
+    that begins with # is a remark."""
     try:
         with open(path, newline="", encoding="utf-8") as f:
+            lines = (line for line in f if not line.startswith("#"))
             rows = [{k: row[k] if k == names[0] else float(row[k] or "nan") for k in names}
-                    for row in csv.DictReader(f)]
+                    for row in csv.DictReader(lines)]
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as e:
         reason = getattr(e, "strerror", None) or f"{type(e).__name__}: {e}"
         raise SettingsError(f"{path} is no such table ({reason}): {remedy}") from None
@@ -60,20 +62,25 @@ def read_table(path, names, remedy):
 
 
 def draw_frontier(plt, rows):
-    """NLL against passes per token: lines of methods with several rows, points of the others."""
+    """NLL against passes per token: lines of methods with several rows, points of the others. What
+    stands before a comma in a method's name gives the colour, the rest the marker."""
     figure, axes = plt.subplots()
     rest = [r for r in rows if 0 < r["passes_per_token"] < math.inf]
-    for i, name in enumerate(dict.fromkeys(r["method"] for r in rest)):
+    kinds = list(dict.fromkeys(r["method"].partition(",")[0] for r in rest))
+    sorts = list(dict.fromkeys(r["method"].partition(",")[2] for r in rest))
+    for name in dict.fromkeys(r["method"] for r in rest):
         line = sorted((r for r in rest if r["method"] == name), key=lambda r: r["passes_per_token"])
+        kind, _, sort = name.partition(",")
         axes.errorbar(
             [r["passes_per_token"] for r in line], [r["nll"] for r in line],
-            [r["nll_error"] for r in line], label=name, color=COLORS[i % len(COLORS)],
-            marker=MARKERS[i % len(MARKERS)], markersize=9 if len(line) == 1 else 6, capsize=3,
+            [r["nll_error"] for r in line], label=name, capsize=3,
+            color=COLORS[kinds.index(kind) % len(COLORS)],
+            marker=MARKERS[sorts.index(sort) % len(MARKERS)], markersize=6 + 3 * (len(line) == 1),
             linestyle="-" if len(line) > 1 else "none", zorder=3 if len(line) == 1 else 2,
         )
-    for r in rows:
-        if r not in rest:
-            axes.axhline(r["nll"], color="#666666", linestyle="--", label=r["method"])
+    across = [r for r in rows if r not in rest]
+    for r, dash in zip(across, ("--", ":", "-.") * len(across), strict=False):
+        axes.axhline(r["nll"], color="#666666", linestyle=dash, label=r["method"])
     axes.set_xscale("log", base=2)
     ticks = sorted({2.0 ** round(math.log2(r["passes_per_token"])) for r in rest})
     axes.set_xticks(ticks, [f"1/{1 / t:.0f}" if t < 1 else f"{t:.0f}" for t in ticks])

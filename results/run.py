@@ -1,0 +1,270 @@
+"""Every table and figure of results/ and of the README, from the commit that this runs on.
+
+    pip install -r requirements.txt matplotlib
+    python results/run.py                     hours; the head of results/README.md says how many
+    python results/run.py --steps=40 --minutes=0.2 --nano_minutes=0.2 --windows=32 --rounds=1 \
+        --page=/tmp/page/results              the same in small, to see whether it runs
+
+Two models at a time train and are scored, one thread each; what is timed runs alone afterwards.
+Started again it goes on: what a command gave is kept until the code, prose aside, or the command
+changes. Writes tables.json to `page`, from which page.py writes README.md and frontier.csv, and
+the figures to `assets` beside it.
+"""
+
+import ast
+import csv
+import gzip
+import json
+import lzma
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from any folder
+
+from results import page as pages
+from util.configurator import SettingsError, guarded, optional, override, public
+from util.dataset import load_dataset
+
+ROOT = Path(__file__).resolve().parents[1]
+# ---- settings ------------------------------------------------------------------------------------
+steps = 3600  # of every model of the table, 4 windows of seq_len each
+seq_len = 256
+minutes = 10.0  # of each model of enwik8
+nano_minutes = 4.5
+windows = 512  # of validation text, evenly spread
+rounds = 5  # of each timing
+page = "results"
+# --------------------------------------------------------------------------------------------------
+DEFAULTS = public(dict(globals()))
+
+MODELS = {  # name: what differs from train.py's defaults
+    **{f"cascade, S = {S}": [f"--block_size={S}"] for S in (8, 16, 32, 4)},
+    **{f"cascade, S = 8, seed {seed}": [f"--seed={seed}"] for seed in (1, 2)},
+    **{f"block diffusion, S = {S}": ["config/bd3lm.py", f"--block_size={S}"] for S in (8, 16, 4)},
+    "block diffusion, whole": ["config/bd3lm.py"],
+    "AR baseline": ["--objective=ar"],
+    **{f"AR baseline, seed {seed}": ["--objective=ar", f"--seed={seed}"] for seed in (1, 2)},
+}
+SIZES = {  # of the AR baseline; the table's is the one between
+    "2 layers of 128": ["--n_layer=2", "--n_head=4", "--n_embd=128"],
+    "3 layers of 256": ["--n_layer=3", "--n_head=8", "--n_embd=256"],
+}
+WIKI = {"AR baseline": ["--objective=ar"], "cascade, S = 8": []}
+SPEED = {  # what is decoded of each model, and in batches of how many
+    "cascade, S = 8": ("gpt,verify,verify:4,block:1,block:2,block:4,block:8", "1,4,16,64"),
+    "cascade, S = 16": ("verify,verify:4,block:1,block:2,block:4,block:16", "1,4,16,64"),
+    "block diffusion, S = 8": ("block:1,block:2,block:4,block:8", "1,4,16,64"),
+    "cascade, S = 4": ("verify,block:1", "1"),
+    "cascade, S = 32": ("verify,verify:4,block:1", "1"),
+}
+DRAWN = ("AR baseline", "cascade, S = 8", "cascade, S = 16", "block diffusion, S = 8")
+WIDE = "--n_layer=6 --n_embd=384 --seq_len=256 --block_size=16 --batch_size=16 --rounds=3".split()
+
+
+def logic(paths):
+    """A hash of what Python files do: of their syntax trees without docstrings and comments."""
+    digest = sha256()
+    for path in sorted(paths):
+        digest.update(path.relative_to(ROOT).as_posix().encode())
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            body = getattr(node, "body", None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+                body[:1] = [] if isinstance(body[0].value, ast.Constant) else body[:1]
+            plain = [value for _, value in ast.iter_fields(node)
+                     if not isinstance(value, (ast.AST, list))]
+            digest.update(repr((type(node).__name__, plain)).encode())
+    return digest.hexdigest()[:12]
+
+
+def trained_by():
+    """The files that decide what a model learns and how it is scored."""
+    roots = [ROOT / f"{name}.py" for name in ("corrupt", "model", "train", "sample", "eval")]
+    return [*roots, *ROOT.glob("util/*.py"), ROOT / "config/bd3lm.py"]
+
+
+def measured_by():
+    """All code that a figure of results/ comes from."""
+    return [*trained_by(), ROOT / "bench.py", ROOT / "config/nano.py", ROOT / "results/run.py",
+            ROOT / "tools/animate.py"]
+
+
+def words(name):
+    return re.sub(r"\W+", "-", name).strip("-").lower()
+
+
+class Runs:
+    """Commands, and what they printed: kept until the code that matters or the command changes."""
+
+    def __init__(self, s):
+        self.s, self.out = s, Path("out/results") / f"{logic(trained_by())}-{s.steps}-{s.seq_len}"
+        self.minutes = {0: 0.0, 1: 0.0}  # of all commands: alone on all cores, and on one thread
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def text(self, name, argv, threads=0):
+        """What `python *argv` prints, on one thread or, with 0, on all."""
+        code = logic([ROOT / "bench.py"]) if argv[0] == "bench.py" else ""
+        kept = sha256((shlex.join(argv) + code).encode()).hexdigest()[:8]
+        kept = self.out / f"{name}-{kept}.json"
+        if not kept.exists():
+            began, env = time.monotonic(), dict(os.environ)
+            if threads:
+                env["OMP_NUM_THREADS"] = str(threads)
+            done = subprocess.run([sys.executable, *argv], env=env, text=True, check=False,
+                                  stdout=subprocess.PIPE)
+            if done.returncode:
+                raise SettingsError(f"python {shlex.join(argv)} ended with {done.returncode}: see "
+                                    "why, and start this again")
+            minutes = (time.monotonic() - began) / 60
+            kept.with_suffix(".part").write_text(json.dumps([minutes, done.stdout]))
+            kept.with_suffix(".part").rename(kept)
+            print(f"{minutes:6.1f} minutes  {name}", flush=True)
+        minutes, text = json.loads(kept.read_text())
+        self.minutes[threads] += minutes
+        return text
+
+    def rows(self, name, argv, threads=0):
+        return json.loads(self.text(words(name), [*argv, "--json=true"], threads))["rows"]
+
+    def train(self, name, argv, threads=1):
+        """(what train.py printed, the run's folder)"""
+        folder = self.out / words(name)
+        return self.text(words(name), [
+            "train.py", *argv, f"--out_dir={folder}", "--overwrite=true"], threads), folder
+
+    def settings(self, name):
+        """What differs from train.py's defaults, in the shape of the network and its objective."""
+        whole = [f"--block_size={self.s.seq_len}"] * name.endswith("whole")
+        return MODELS.get(name, ["--objective=ar"]) + whole
+
+    def model(self, name, extra=()):
+        """A row of the table: a model of `steps` steps, trained and scored."""
+        s, S = self.s, pages.block(name, self.s.seq_len)
+        _, folder = self.train(name, [
+            *self.settings(name), *extra, f"--seq_len={s.seq_len}", "--max_minutes=0",
+            f"--max_steps={s.steps}", f"--eval_every={max(1, s.steps // 12)}", "--sample_tokens=0"])
+        score = ["eval.py", f"--out_dir={folder}", f"--windows={s.windows}"]
+        if "AR" in name:
+            return self.rows(f"{name} levels", score, 1)
+        rules = ["left_to_right"] + ["confidence"] * ("diffusion" in name)
+        # a pass for every token of a whole window is dear
+        some = s.windows // 8 if S == s.seq_len else s.windows
+        rows = ",".join(f"{rule}:{K}" for rule in rules for K in sorted({1, 2, 4, 8, S}) if K <= S)
+        return self.rows(f"{name} levels", [*score, f"--rows={rows}", f"--rule_windows={some}"], 1)
+
+    def wiki(self, name):
+        """A model of enwik8, by minutes, and its figures on the test split."""
+        s, argv = self.s, [*WIKI[name], "--dataset=enwik8", f"--seq_len={self.s.seq_len}"]
+        _, folder = self.train(f"enwik8 {name}", [
+            *argv, f"--max_minutes={s.minutes}", "--eval_every=1000", "--sample_tokens=0"])
+        return self.rows(f"enwik8 {name} levels", [
+            "eval.py", f"--out_dir={folder}", "--split=test", f"--windows={s.windows}",
+            "--rows=left_to_right:1", f"--rule_windows={s.windows}"], 1)
+
+    def asked(self, name, what):
+        """--drafts or --schedules of a trained model."""
+        return self.rows(f"{name} {what}", [
+            "eval.py", f"--out_dir={self.out / words(name)}", f"--{what}=true",
+            *[f"--windows={self.s.windows}"] * (what == "schedules")], 1)
+
+
+def compressed():
+    """{name: bits per byte} of general compressors at their strongest, on the test split of enwik8
+    by itself: they begin with nothing, where a model has read the training text."""
+    split = load_dataset("enwik8").split("test")
+    text = split.window([0], len(split))[0].astype("uint8").tobytes()
+    small = {"gzip -9": gzip.compress(text, 9), "lzma -9e": lzma.compress(text, preset=9 | 1 << 31)}
+    return {name: 8 * len(packed) / len(text) for name, packed in small.items()}
+
+
+def curve(folder):
+    """[(minutes, validation NLL of the GPT level)] of a run's log.csv."""
+    with open(folder / "log.csv", newline="", encoding="utf-8") as f:
+        return [(float(r["seconds"]) / 60, float(r["val_gpt"])) for r in csv.DictReader(f)
+                if r["val_gpt"]]
+
+
+def machine():
+    """In words, what this runs on."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = (re.findall(r"model name\s*: (.*)", info) or [platform.processor()])[0]
+    units = "with" if re.search("avx512_bf16|amx_bf16", info) else "without"
+    torch = subprocess.run([sys.executable, "-c", "import torch; print(torch.__version__)"],
+                           capture_output=True, text=True, check=True).stdout.strip()
+    return f"{name}, {os.cpu_count()} shared cores {units} bf16 units, torch {torch}"
+
+
+def gather(runs):
+    """{table: {row: what was measured}}, and what the nano printed."""
+    s, out = runs.s, runs.out
+    shown = [name for name in MODELS if "seed" not in name]
+    with ThreadPoolExecutor(2) as pool:
+        jobs = {
+            "levels": {name: pool.submit(runs.model, name) for name in MODELS},
+            "sizes": {name: pool.submit(runs.model, f"AR baseline, {name}", extra)
+                      for name, extra in SIZES.items()},
+            "wiki": {name: pool.submit(runs.wiki, name) for name in WIKI},
+            "drafts": {name: pool.submit(runs.asked, name, "drafts")
+                       for name in shown if "cascade" in name},
+            "schedules": {name: pool.submit(runs.asked, name, "schedules") for name in DRAWN[1:]},
+            "general": {"compressors": pool.submit(compressed)},
+        }
+        found = {title: {name: job.result() for name, job in of.items()}
+                 for title, of in jobs.items()}
+    found["curves"] = {name: curve(out / words(f"AR baseline, {name}")) for name in SIZES}
+    found["curves"]["2 layers of 192"] = curve(out / "ar-baseline")
+    nano, _ = runs.train("nano", ["config/nano.py", f"--max_minutes={s.nano_minutes}"], 0)
+    found["step"] = {name: runs.rows(f"{name} step", [
+        "bench.py", "train", *runs.settings(name), f"--seq_len={s.seq_len}",
+        f"--rounds={s.rounds}"]) for name in shown if "AR" not in name}
+    found["step"]["the nano"] = runs.rows("nano step", [
+        "bench.py", "train", f"--rounds={s.rounds}"])
+    found["step"]["cascade, S = 16, 6 layers of 384"] = runs.rows("wide step", [
+        "bench.py", "train", *WIDE])
+    found["speed"] = {name: runs.rows(f"{name} speed", [
+        "bench.py", "decode", f"--out_dir={out / words(name)}", f"--ar_dir={out}/ar-baseline",
+        f"--modes={modes}", f"--batches={batches}", f"--rounds={s.rounds}", "--windows=2"])
+        for name, (modes, batches) in SPEED.items()}
+    found["memory"] = {"N": runs.rows("memory", ["bench.py", "memory"])}
+    return found, nano
+
+
+def git(*argv):
+    return subprocess.run(["git", *argv], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@guarded
+def main(argv):
+    s = SimpleNamespace(**override(DEFAULTS, argv))
+    optional("matplotlib", "results/run.py")
+    os.chdir(ROOT)
+    if git("status", "--porcelain", "--", "*.py") and s.page == "results":
+        raise SettingsError("uncommitted code: commit it, or try it with --page=/tmp/page/results")
+    if not (ROOT / "data/enwik8/meta.json").exists():
+        subprocess.run([sys.executable, "data/enwik8/prepare.py", "--from_pip"], check=True)
+    runs, folder = Runs(s), Path(s.page)
+    found, nano = gather(runs)
+    figures = folder.resolve().parent / "assets"
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {**vars(s), "commit": git("rev-parse", "--short", "HEAD"), "machine": machine(),
+             "code": logic(measured_by()), "lanes": runs.minutes[1] / 2, "alone": runs.minutes[0]}
+    pages.save(folder / "tables.json", about, nano, found)
+    pages.main([f"--page={folder}"])
+    logs = ",".join(f"{name.replace(', ', ' ')}:{runs.out / words(name)}" for name in DRAWN)
+    for argv in (["plot.py", f"--frontier={folder}/frontier.csv", f"--runs={logs}",
+                  f"--out_dir={figures}"],
+                 ["animate.py", f"--out_dir={runs.out}/nano", "--prompt=KING.", "--seed=3",
+                  "--max_new_tokens=240", f"--svg={figures}/crystallise.svg"]):
+        subprocess.run([sys.executable, f"tools/{argv[0]}", *argv[1:]], check=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
