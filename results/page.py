@@ -112,7 +112,7 @@ def frontier(about, found):
     rows, gpt = [], {name: find(levels, "gpt") for name, levels in found["levels"].items()}
     for name in sorted(found["levels"], key=lambda name: order(name, about)):
         S, levels = block(name, about.seq_len), found["levels"][name]
-        for K in sorted({*PASSES, 8, S}):
+        for K in sorted({*PASSES, S}):
             if "seed" not in name and K <= S <= 32 * K and (r := find(levels, *at(K))):
                 rows.append((name, K / S, r["nll"], r["nll_error"]))
     for name in sorted(found["drafts"], key=lambda name: order(name, about)):
