@@ -19,9 +19,9 @@ from util.configurator import guarded, override
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSES = 1, 2, 4
-PUBLISHED = {  # enwik8, test split, bits per byte: table 2 of arXiv 1901.02860
-    "LN HyperNetworks, 27M parameters": 1.34, "mLSTM, 46M": 1.24, "12-layer Transformer, 44M": 1.11,
-    "Transformer-XL, 41M": 1.06, "Transformer-XL, 277M": 0.99,
+PUBLISHED = {  # enwik8, test split, bits per byte: arXiv 1808.04444 and 1901.02860
+    "Transformer of 12 layers, 44M parameters": 1.11, "Transformer of 64 layers, 235M": 1.06,
+    "Transformer-XL, 277M": 0.99,
 }
 
 
@@ -124,7 +124,7 @@ def frontier(about, found):
              ("5-gram", "", control["nll"], control["nll_error"])]
     name, levels = min(found["sizes"].items(), key=lambda of: find(of[1], "gpt")["nll"])
     best = find(levels, "gpt")
-    return [*rows, (f"AR, {name}: the text's entropy is below", "", best["nll"], best["nll_error"])]
+    return [*rows, (f"larger AR, {name}, above the entropy", "", best["nll"], best["nll_error"])]
 
 
 def sweep(found):
@@ -174,7 +174,8 @@ def accepted(found):
     return markdown(["", "drafts by the", "tokens a pass", "accepted: drafts 1 to 7"], [
         [name, r["drafter"], f"{r['tokens_per_pass']:.2f}",
          " ".join(f"{x:.2f}" for x in r["accepted"][:7])]
-        for name, rows in found["drafts"].items() for r in rows])
+        for name in sorted(found["drafts"], key=lambda name: block(name, 0))
+        for r in found["drafts"][name]])
 
 
 def choices(found):
@@ -186,7 +187,7 @@ def choices(found):
         rows.append([name, nll(levels, "equal 2"), *(nll(levels, kind) for kind in kinds),
                      f"{equal['oracle_passes']:.2f}"])
     return markdown(["", "equal cuts", "best on average", "K by the oracle", "all by the oracle",
-                     "by expected losses", "the oracle's passes for equal cuts' NLL"], rows)
+                     "by expected losses", "the oracle's passes for as much as equal cuts"], rows)
 
 
 def wiki(found):
@@ -207,15 +208,18 @@ def wiki(found):
 
 def render(template, about, nano, found):
     """page.md with its {names} filled in."""
-    errors = [r["nll_error"] for rows in found["levels"].values() for r in rows]
+    errors = [r["nll_error"] for rows in found["levels"].values() for r in rows
+              if r["windows"] == about.windows]
     memory = found["memory"]["N"]
+    step = re.compile(r"step +(\d+)[^|]*\|")
     lines = [line for line in nano.splitlines()
-             if not re.match(r"step +\d", line) or int(line.split()[1]) % 500 == 0]
+             if not (found_at := step.match(line)) or int(found_at[1]) % 500 == 0]
     return template.format(
         **vars(about), tokens=f"{about.steps * 4 * about.seq_len:,}", least=min(errors),
-        most=max(errors), some=about.windows // 8, table=main_table(about, found),
-        seeds=seeds(found), sweep=sweep(found), accepted=accepted(found), choices=choices(found),
-        decoding=decoding(found), training_steps=training_steps(found), wiki=wiki(found),
+        most=max(errors), every=about.steps // 12, some=about.windows // 8,
+        table=main_table(about, found), seeds=seeds(found), sweep=sweep(found),
+        accepted=accepted(found), choices=choices(found), decoding=decoding(found),
+        training_steps=training_steps(found), wiki=wiki(found),
         memory=markdown(["N", *(f"{r['N']:,}" for r in memory)],
                         [["MiB", *(f"{r['bytes'] / 2**20:,.0f}" for r in memory)]]),
         nano="\n".join(f"    {line}".rstrip() for line in lines))

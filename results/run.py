@@ -72,29 +72,35 @@ WIDE = "--n_layer=6 --n_embd=384 --seq_len=256 --block_size=16 --batch_size=16 -
 
 def logic(paths):
     """A hash of what Python files do: of their syntax trees without docstrings and comments."""
+    def plain(node):
+        if isinstance(node, list):
+            return [plain(x) for x in node]
+        if not isinstance(node, ast.AST):
+            return repr(node)
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(
+                body[0].value, ast.Constant):
+            body.pop(0)
+        # empty fields differ between versions of Python
+        return [type(node).__name__, [(name, plain(value)) for name, value in ast.iter_fields(node)
+                                      if value not in (None, [])]]
+
     digest = sha256()
     for path in sorted(paths):
-        digest.update(path.relative_to(ROOT).as_posix().encode())
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-                body[:1] = [] if isinstance(body[0].value, ast.Constant) else body[:1]
-            plain = [value for _, value in ast.iter_fields(node)
-                     if not isinstance(value, (ast.AST, list))]
-            digest.update(repr((type(node).__name__, plain)).encode())
+        tree = plain(ast.parse(path.read_text(encoding="utf-8")))
+        digest.update(repr((path.relative_to(ROOT).as_posix(), tree)).encode())
     return digest.hexdigest()[:12]
 
 
 def trained_by():
     """The files that decide what a model learns and how it is scored."""
     roots = [ROOT / f"{name}.py" for name in ("corrupt", "model", "train", "sample", "eval")]
-    return [*roots, *ROOT.glob("util/*.py"), ROOT / "config/bd3lm.py"]
+    return [*roots, *ROOT.glob("util/*.py"), ROOT / "config/bd3lm.py", ROOT / "config/nano.py"]
 
 
 def measured_by():
     """All code that a figure of results/ comes from."""
-    return [*trained_by(), ROOT / "bench.py", ROOT / "config/nano.py", ROOT / "results/run.py",
-            ROOT / "tools/animate.py"]
+    return [*trained_by(), ROOT / "bench.py", ROOT / "results/run.py", ROOT / "tools/animate.py"]
 
 
 def words(name):
@@ -102,20 +108,27 @@ def words(name):
 
 
 class Runs:
-    """Commands, and what they printed: kept until the code that matters or the command changes."""
+    """Commands, and what they printed: kept until the code that matters, the machine or the command
+    changes. A command that reads a model names its folder, which is named by how it was trained."""
 
     def __init__(self, s):
-        self.s, self.out = s, Path("out/results") / f"{logic(trained_by())}-{s.steps}-{s.seq_len}"
+        self.s, self.out, self.machine = s, Path("out/results"), machine()
         self.minutes = {0: 0.0, 1: 0.0}  # of all commands: alone on all cores, and on one thread
+        self.code = logic(trained_by()), logic([ROOT / "bench.py"])
+        self.folders = {}
         self.out.mkdir(parents=True, exist_ok=True)
+
+    def key(self, name, argv):
+        code = self.code[: 1 + (argv[0] == "bench.py")]
+        text = f"{shlex.join(argv)} {code} {self.machine}"
+        return self.out / f"{words(name)}-{sha256(text.encode()).hexdigest()[:8]}"
 
     def text(self, name, argv, threads=0):
         """What `python *argv` prints, on one thread or, with 0, on all."""
-        code = logic([ROOT / "bench.py"]) if argv[0] == "bench.py" else ""
-        kept = sha256((shlex.join(argv) + code).encode()).hexdigest()[:8]
-        kept = self.out / f"{name}-{kept}.json"
+        kept = self.key(name, argv).with_suffix(".json")
         if not kept.exists():
             began, env = time.monotonic(), dict(os.environ)
+            env.pop("OMP_NUM_THREADS", None)
             if threads:
                 env["OMP_NUM_THREADS"] = str(threads)
             done = subprocess.run([sys.executable, *argv], env=env, text=True, check=False,
@@ -132,12 +145,12 @@ class Runs:
         return text
 
     def rows(self, name, argv, threads=0):
-        return json.loads(self.text(words(name), [*argv, "--json=true"], threads))["rows"]
+        return json.loads(self.text(name, [*argv, "--json=true"], threads))["rows"]
 
     def train(self, name, argv, threads=1):
         """(what train.py printed, the run's folder)"""
-        folder = self.out / words(name)
-        return self.text(words(name), [
+        folder = self.folders[name] = self.key(name, argv)
+        return self.text(name, [
             "train.py", *argv, f"--out_dir={folder}", "--overwrite=true"], threads), folder
 
     def settings(self, name):
@@ -176,7 +189,7 @@ class Runs:
     def asked(self, name, what):
         """--drafts or --schedules of a trained model."""
         return self.rows(f"{name} {what}", [
-            "eval.py", f"--out_dir={self.out / words(name)}", f"--{what}=true",
+            "eval.py", f"--out_dir={self.folders[name]}", f"--{what}=true",
             *[f"--windows={self.s.windows}"] * (what == "schedules")], 1)
 
 
@@ -208,7 +221,7 @@ def machine():
 
 def gather(runs):
     """{table: {row: what was measured}}, and what the nano printed."""
-    s, out = runs.s, runs.out
+    s = runs.s
     shown = [name for name in MODELS if "seed" not in name]
     with ThreadPoolExecutor(2) as pool:
         jobs = {
@@ -221,10 +234,14 @@ def gather(runs):
             "schedules": {name: pool.submit(runs.asked, name, "schedules") for name in DRAWN[1:]},
             "general": {"compressors": pool.submit(compressed)},
         }
-        found = {title: {name: job.result() for name, job in of.items()}
-                 for title, of in jobs.items()}
-    found["curves"] = {name: curve(out / words(f"AR baseline, {name}")) for name in SIZES}
-    found["curves"]["2 layers of 192"] = curve(out / "ar-baseline")
+        try:
+            found = {title: {name: job.result() for name, job in of.items()}
+                     for title, of in jobs.items()}
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # or the queue would run for hours
+            raise
+    found["curves"] = {name: curve(runs.folders[f"AR baseline, {name}"]) for name in SIZES}
+    found["curves"]["2 layers of 192"] = curve(runs.folders["AR baseline"])
     nano, _ = runs.train("nano", ["config/nano.py", f"--max_minutes={s.nano_minutes}"], 0)
     found["step"] = {name: runs.rows(f"{name} step", [
         "bench.py", "train", *runs.settings(name), f"--seq_len={s.seq_len}",
@@ -234,7 +251,8 @@ def gather(runs):
     found["step"]["cascade, S = 16, 6 layers of 384"] = runs.rows("wide step", [
         "bench.py", "train", *WIDE])
     found["speed"] = {name: runs.rows(f"{name} speed", [
-        "bench.py", "decode", f"--out_dir={out / words(name)}", f"--ar_dir={out}/ar-baseline",
+        "bench.py", "decode", f"--out_dir={runs.folders[name]}",
+        f"--ar_dir={runs.folders['AR baseline']}",
         f"--modes={modes}", f"--batches={batches}", f"--rounds={s.rounds}", "--windows=2"])
         for name, (modes, batches) in SPEED.items()}
     found["memory"] = {"N": runs.rows("memory", ["bench.py", "memory"])}
@@ -255,17 +273,20 @@ def main(argv):
     if not (ROOT / "data/enwik8/meta.json").exists():
         subprocess.run([sys.executable, "data/enwik8/prepare.py", "--from_pip"], check=True)
     runs, folder = Runs(s), Path(s.page)
+    stamp = git("rev-parse", "--short", "HEAD"), logic(measured_by())
     found, nano = gather(runs)
+    if stamp[1] != logic(measured_by()):
+        raise SettingsError("the code changed under way: start this again")
     figures = folder.resolve().parent / "assets"
     folder.mkdir(parents=True, exist_ok=True)
-    about = {**vars(s), "commit": git("rev-parse", "--short", "HEAD"), "machine": machine(),
-             "code": logic(measured_by()), "lanes": runs.minutes[1] / 2, "alone": runs.minutes[0]}
+    about = {**vars(s), "commit": stamp[0], "code": stamp[1], "machine": runs.machine,
+             "wide": " ".join(WIDE), "lanes": runs.minutes[1] / 2, "alone": runs.minutes[0]}
     pages.save(folder / "tables.json", about, nano, found)
     pages.main([f"--page={folder}"])
-    logs = ",".join(f"{name.replace(', ', ' ')}:{runs.out / words(name)}" for name in DRAWN)
+    logs = ",".join(f"{name.replace(', ', ' ')}:{runs.folders[name]}" for name in DRAWN)
     for argv in (["plot.py", f"--frontier={folder}/frontier.csv", f"--runs={logs}",
                   f"--out_dir={figures}"],
-                 ["animate.py", f"--out_dir={runs.out}/nano", "--prompt=KING.", "--seed=3",
+                 ["animate.py", f"--out_dir={runs.folders['nano']}", "--prompt=KING.", "--seed=3",
                   "--max_new_tokens=240", f"--svg={figures}/crystallise.svg"]):
         subprocess.run([sys.executable, f"tools/{argv[0]}", *argv[1:]], check=True)
 

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import csv
 import functools
 import io
 import json
@@ -156,26 +157,31 @@ def test_configs():
 
 def figures(text):
     """The decimal fractions in a text, but for those in code and in names of papers."""
-    text = re.sub(r"`[^`]*`|arXiv \d+\.\d+|torch \d+\.\d+", "", text)
-    return set(re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", text))
+    text = re.sub(r"`[^`]*`|--\w+=\S+|arXiv \d+\.\d+|torch \S+", "", text)
+    return set(re.findall(r"(?<![\d.])\d+\.\d+(?!\d|\.\d)", text))
 
 
 def test_readme_figures():
-    """results/README.md is what tables.json gives, and the figures of README.md and of configs'
-    comments are, rounded, on it."""
+    """results/README.md and frontier.csv are what tables.json gives, and the figures of README.md
+    and of the nano's comment are on that page: of three decimals exactly, of fewer rounded."""
+    about, nano, found = page.load(HERE / "results/tables.json")
     template, made = ((HERE / "results" / p).read_text() for p in ("page.md", "README.md"))
-    tables = page.load(HERE / "results/tables.json")
-    assert page.render(template, *tables) == made, "run python results/page.py"
-    known, rows = figures(made), set(made.splitlines())
+    assert page.render(template, about, nano, found) == made, "run python results/page.py"
+    with open(HERE / "results/frontier.csv", newline="") as f:
+        kept = list(csv.reader(line for line in f if line[0] != "#"))[1:]
+    assert kept == [[str(x) for x in row] for row in page.frontier(about, found)], "frontier.csv"
     shown = (HERE / "README.md").read_text()
     measured = shown[: shown.index("## The idea")]  # behind it: settings, not measurements
+    rows = set(made.splitlines())
     for line in measured[measured.index("## Results") :].splitlines():
         assert not line.startswith("|") or line in rows or not figures(line), line
-    found = figures(measured) | figures(train_doc("nano"))
-    missing = {f for f in found if not any(
-        f == f"{float(x):.{len(f.split('.')[1])}f}" for x in known)}
-    assert len(found) > 10 and not missing, missing
-    return f"{len(found)} figures, rounded, are in results/README.md, as tables.json has them"
+    known = figures(made) | {f"{int(n.replace(',', '')) / 1e6:.2f}"
+                             for n in re.findall(r"\d{1,3}(?:,\d{3}){2}", made)}  # 1,291,184: 1.29
+    wanted = figures(measured) | figures(train_doc("nano"))
+    missing = {f for f in wanted if f not in known and (len(f.split(".")[1]) > 2 or not any(
+        f == f"{float(x):.{len(f.split('.')[1])}f}" for x in known))}
+    assert len(wanted) > 10 and not missing, missing
+    return f"{len(wanted)} figures are in results/README.md, as tables.json has them"
 
 
 def train_doc(name):
@@ -196,11 +202,12 @@ def test_results_are_of_this_code():
         path, codes = Path(folder, "a.py"), []
         for text in ('"""Doc."""\ndef f(x):\n    "doc"\n    return x + 1  # why\n',
                      "def f(x):\n    return x + 1\n", "def f(x):\n    return x + 2\n",
-                     "def f(y):\n    return x + 1\n", "def f(x):\n    return x - 1\n"):
+                     "def f(y):\n    return x + 1\n", "def f(x):\n    return x[:1]\n",
+                     "def f(x):\n    return x[1:]\n", "def f(*, x):\n    return x + 1\n"):
             path.write_text(text)
             codes.append(run.logic([path]))
-    assert codes[0] == codes[1] and len(set(codes)) == 4, codes
-    return f"commit {about.commit}, code {now}; prose does not change it, three edits do"
+    assert codes[0] == codes[1] and len(set(codes)) == 6, codes
+    return f"commit {about.commit}, code {now}; prose does not change it, five edits do"
 
 
 def test_draws_are_float64():
