@@ -102,7 +102,7 @@ def draw_training(plt, tables):
                 axes.plot(*zip(*line, strict=True), color=color, linestyle=dash, linewidth=1.8,
                           label=f"{label}: {name}")
     axes.set(xlabel="minutes of training", ylabel="validation text, nats per token")
-    axes.legend(fontsize=9)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2, fontsize=9)
     return figure
 
 
