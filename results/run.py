@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # ---- settings ------------------------------------------------------------------------------------
 steps = 3600  # of every model of the table, 4 windows of seq_len each
 seq_len = 256
-minutes = 5.0   # of each model of enwik8
+minutes = 5.0  # of each model of enwik8
 nano_minutes = 4.5
 windows = 256  # of validation text, evenly spread
 rounds = 5  # of each timing
