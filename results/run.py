@@ -3,7 +3,7 @@
     pip install -r requirements.txt matplotlib
     python results/run.py                     hours; the head of results/README.md says how many
     python results/run.py --steps=40 --minutes=0.2 --nano_minutes=0.2 --windows=32 --rounds=1 \
-        --page=/tmp/page/results              the same in small, to see whether it runs
+        --page=out/trial/results              the same in small, to see whether it runs
 
 Two models at a time train and are scored, one thread each; what is timed runs alone afterwards.
 Started again it goes on: what a command gave is kept until the code, prose aside, or the command
@@ -269,7 +269,7 @@ def main(argv):
     optional("matplotlib", "results/run.py")
     os.chdir(ROOT)
     if git("status", "--porcelain", "--", "*.py") and s.page == "results":
-        raise SettingsError("uncommitted code: commit it, or try it with --page=/tmp/page/results")
+        raise SettingsError("uncommitted code: commit it, or try it with --page=out/trial/results")
     if not (ROOT / "data/enwik8/meta.json").exists():
         subprocess.run([sys.executable, "data/enwik8/prepare.py", "--from_pip"], check=True)
     runs, folder = Runs(s), Path(s.page)
