@@ -16,6 +16,7 @@ import csv
 import gzip
 import json
 import lzma
+import math
 import os
 import platform
 import re
@@ -31,7 +32,14 @@ from types import SimpleNamespace
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # to run from any folder
 
 from results import page as pages
-from util.configurator import SettingsError, guarded, optional, override, public
+from util.configurator import (
+    SettingsError,
+    check_settings,
+    guarded,
+    optional,
+    override,
+    public,
+)
 from util.dataset import load_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,6 +53,8 @@ rounds = 5  # of each timing
 page = "results"
 # --------------------------------------------------------------------------------------------------
 DEFAULTS = public(dict(globals()))
+RANGES = {"steps": (12, math.inf), "seq_len": (64, math.inf), "windows": (32, math.inf),
+          "rounds": (1, math.inf), "minutes": (0.1, math.inf), "nano_minutes": (0.1, math.inf)}
 
 MODELS = {  # name: what differs from train.py's defaults
     **{f"cascade, S = {S}": [f"--block_size={S}"] for S in (8, 16, 32, 4)},
@@ -266,6 +276,7 @@ def git(*argv):
 @guarded
 def main(argv):
     s = SimpleNamespace(**override(DEFAULTS, argv))
+    check_settings(s, {}, RANGES)
     optional("matplotlib", "results/run.py")
     os.chdir(ROOT)
     if git("status", "--porcelain", "--", "*.py") and s.page == "results":
