@@ -1,0 +1,178 @@
+"""How tokens are masked, and what the loss weighs.
+
+A sequence is cut into blocks of S tokens, which are predicted left to right. Inside a block k
+tokens are replaced by [MASK], and the network predicts them from the rest of the block and from all
+earlier blocks. With a uniform count k and a uniform set M of k positions, for one block,
+
+    -log p(x^b | x^{<b})  <=  E_{k ~ U{1..S}} E_{|M| = k} [ S/k * sum_{i in M} -log p(x_i | ...) ]
+
+Divided by S, so per token, it is the mean cross-entropy over the masked positions, averaged over k.
+Masking each token independently at a rate m ~ U(0, 1], with the weight 1/m, gives the same number.
+
+    schedule   draws                                             weight of each masked token
+    balanced   every k in 1..S equally often, exactly k masked   1 / k
+    uniform    m ~ U[m_min, 1], each token masked at rate m      1 / (m S)
+    clipped    m ~ U[clip_low, clip_high], else as uniform       1 / (m S); for training, no bound
+    full       k = S: every block is masked completely           1 / S
+
+`uniform` is the noise of MDLM and LLaDA, `clipped` that of BD3-LM (arXiv 2503.09573); `full` trains
+drafts. All is a pure function of its arguments and of a CPU generator, so the noise of a training
+step depends neither on the device nor on the number of processes.
+"""
+
+from math import gcd
+from typing import NamedTuple
+
+import torch
+
+
+class Rates(NamedTuple):
+    """The intervals of mask rates: `uniform` draws from [m_min, 1], `clipped` from the other."""
+
+    m_min: float = 1e-3
+    clip_low: float = 0.3
+    clip_high: float = 0.8
+
+
+class Noisy(NamedTuple):
+    """B corrupted sequences with T target blocks each: all nb, or 1 with `corrupt_target_block`.
+
+    xt      (B, N) int64    tokens, `mask_id` where masked
+    mask    (B, N) bool     the masked positions that the loss is over
+    weight  (B, N) float32  weight of each position's NLL, 0 where mask is False
+    block   (B, T) int64    index of each target block
+    m       (B, T) float64  its mask rate; k / S where k is what is drawn
+    """
+
+    xt: torch.Tensor
+    mask: torch.Tensor
+    weight: torch.Tensor
+    block: torch.Tensor
+    m: torch.Tensor
+
+
+def masked_diffusion_loss(nll, weight, num_blocks):
+    """sum_i weight_i * nll_i / num_blocks: the loss in nats per token, of masked tokens (M,).
+
+    num_blocks: target blocks in the global batch, over all processes and micro-batches, so that how
+    it is shared out changes nothing. The number of masked tokens is in the weights already.
+    """
+    return (nll * weight).sum() / num_blocks
+
+
+# ---- noise schedules -----------------------------------------------------------------------------
+# (u, score, rates) -> (m, k, weight): a block's mask rate, how many of its tokens will be masked,
+# those with the k lowest scores, and the weight of each. u (...) in [0, 1) is the block's random
+# number, stratified over the batch, score (..., S) in [0, 1) those of its tokens.
+
+
+def balanced(u, score, rates):
+    S = score.shape[-1]
+    k = 1 + (u * S).floor().clamp(max=S - 1)
+    return k / S, k, 1 / k
+
+
+def uniform(u, score, rates):
+    return at_rate(rates.m_min + (1 - rates.m_min) * u, score)
+
+
+def clipped(u, score, rates):
+    return at_rate(rates.clip_low + (rates.clip_high - rates.clip_low) * u, score)
+
+
+def full(u, score, rates):
+    k = torch.full_like(u, score.shape[-1])
+    return torch.ones_like(u), k, 1 / k
+
+
+def at_rate(m, score):
+    k = (score < m.unsqueeze(-1)).double().sum(dim=-1)  # 0: such a block rightly adds no loss
+    return m, k, 1 / (m * score.shape[-1])
+
+
+SCHEDULES = {f.__name__: f for f in (balanced, uniform, clipped, full)}
+WEIGHTINGS = ("elbo", "cascade")
+RATES = Rates()
+
+
+def block_strata(batch, nb, S, generator):
+    """(batch, nb) float64: u of each block, one from each of n equal parts of [0, 1), permuted, so
+    that a block's noise is not tied to its place. n is over the smallest number of sequences whose
+    blocks are a multiple of S, where `balanced` gives every k equally often, and over what is left.
+    """
+    group, u = S // gcd(S, nb), []
+    for sequences in [group] * (batch // group) + [batch % group]:
+        n = sequences * nb
+        order = torch.randperm(n, generator=generator)
+        u.append((order + torch.rand(n, generator=generator, dtype=torch.float64)) / n)
+    return torch.cat(u).view(batch, nb)
+
+
+def draw_masks(batch, nb, S, generator, schedule, rates, weighting, nonempty=False):
+    """mask (B, nb, S) bool, weight (B, nb, S) and m (B, nb), float64, of nb blocks a sequence.
+
+    nonempty: masks as if drawn until one is not empty. By rates that has probability 1 - (1-m)^S,
+    so the bound's weight becomes (1 - (1-m)^S) / (m S).
+
+    weighting "cascade", of CASCADE's Phase 1 note, is (1/m) * mean over the masked. It is NOT the
+    bound: the mean divides by k, about m S, and 1/m stands outside of it. So nearly clean blocks
+    count 1/m times too much, and the expectation grows like log(1 / m_min).
+    """
+    require(schedule in SCHEDULES, f"noise must be one of {', '.join(SCHEDULES)}, not {schedule!r}")
+    require(weighting in WEIGHTINGS, f"weighting must be elbo or cascade, not {weighting!r}")
+    require(0 < rates.m_min <= 1 and 0 < rates.clip_low <= rates.clip_high <= 1,
+            f"mask rates must satisfy 0 < low <= high <= 1, not {tuple(rates)}")
+    u = block_strata(batch, nb, S, generator)
+    score = torch.rand(batch, nb, S, generator=generator, dtype=torch.float64)
+    m, k, weight = SCHEDULES[schedule](u, score, rates)
+    if nonempty and schedule in ("uniform", "clipped"):  # in place of k = 0 draw a count > 0
+        log_p = torch.distributions.Binomial(S, m.unsqueeze(-1)).log_prob(torch.arange(1, S + 1))
+        again = 1 + torch.multinomial(log_p.exp().flatten(0, 1), 1, generator=generator)
+        k = torch.where(k == 0, again.view(k.shape).double(), k)
+        weight = weight * (1 - (1 - m) ** S)
+    if weighting == "cascade":
+        weight = 1 / (m * k.clamp(min=1))
+    mask = score.argsort(dim=-1).argsort(dim=-1) < k.unsqueeze(-1)  # the k lowest scores
+    return mask, mask * weight.unsqueeze(-1), m
+
+
+def corrupt_all_blocks(
+    x0, block_size, mask_id, generator, schedule="balanced", rates=RATES, weighting="elbo"
+):
+    """Mask every block of every sequence: x0 (B, N) int64 clean tokens on the CPU -> `Noisy` with
+    T = nb. Raises ValueError for an unknown name, rates outside of (0, 1], or N % S."""
+    B, nb = len(x0), count_blocks(x0.shape[1], block_size)
+    mask, weight, m = draw_masks(B, nb, block_size, generator, schedule, rates, weighting)
+    mask, weight = mask.flatten(1), weight.flatten(1).float()  # (B, N)
+    return Noisy(x0.masked_fill(mask, mask_id), mask, weight, torch.arange(nb).expand(B, nb), m)
+
+
+def corrupt_target_block(
+    x0, block_size, mask_id, generator, schedule="uniform", rates=RATES, weighting="cascade"
+):
+    """One target block b per example, drawn uniformly: the form of CASCADE's Phase 1 note. Tokens
+    of block b are masked at a rate m, at least one of them; blocks < b stay clean; blocks > b are
+    masked completely. The loss is over the masked positions of block b alone.
+
+    x0 (B, N) int64 on the CPU -> `Noisy` with T = 1. Raises as corrupt_all_blocks.
+    """
+    B, nb, S = len(x0), count_blocks(x0.shape[1], block_size), block_size
+    b = torch.randint(nb, (B, 1), generator=generator)
+    mask, weight, m = draw_masks(B, 1, S, generator, schedule, rates, weighting, nonempty=True)
+    block = torch.arange(nb).repeat_interleave(S)  # (N,)
+    mask = (block == b) & mask[:, 0].repeat(1, nb)  # (B, N)
+    weight = mask * weight[:, 0].repeat(1, nb).float()
+    return Noisy(x0.masked_fill(mask | (block > b), mask_id), mask, weight, b, m)
+
+
+def count_blocks(seq_len, block_size):
+    """nb = N // S. Raises ValueError unless S divides N."""
+    require(block_size > 0 and seq_len > 0 and seq_len % block_size == 0,
+            f"seq_len {seq_len} is not a positive multiple of block_size {block_size}")
+    return seq_len // block_size
+
+
+def require(condition, message):
+    """ValueError: a user's mistake, in one line."""
+    if not condition:
+        raise ValueError(message)
