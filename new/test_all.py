@@ -1,0 +1,642 @@
+"""Every claim of this repository as a test.
+
+    python test_all.py               all of them
+    python test_all.py noise bound   those with one of these words in their name
+
+One line each: PASS, FAIL or SKIP, the name, the seconds, what was measured and what is allowed.
+The last line is `N passed, M failed, K skipped`; the exit code is 1 if any failed.
+"""
+
+import itertools
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import model
+import reference
+from corrupt import SCHEDULES, WEIGHTINGS, Rates, masked_diffusion_loss
+from corrupt import corrupt_all_blocks as all_blocks
+from corrupt import corrupt_target_block as target_block
+from model import CascadeConfig, CascadeLM, attention, clean_sees, noisy_sees
+
+HERE = Path(__file__).resolve().parent
+
+# ---- what the tests share ------------------------------------------------------------------------
+
+
+class Skip(Exception):
+    """A check that cannot run here; the message says why."""
+
+
+def within(measured, allowed, what="max|diff|"):
+    """The test's line; AssertionError when measured > allowed, or is not a number."""
+    line = f"{what} = {measured:.2g}, allowed {allowed:.2g}"
+    assert measured <= allowed, line
+    return line
+
+
+def diff(a, b):
+    """Largest absolute difference of two tensors of one shape, in float64."""
+    assert a.shape == b.shape, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
+    return (a.detach().double() - b.detach().double()).abs().max().item()
+
+
+def refuses(call, *words, **how):
+    """`call(**how)` must raise ValueError with one line that contains all of `words`."""
+    try:
+        call(**how)
+    except ValueError as e:
+        assert str(e) and "\n" not in str(e) and all(w in str(e) for w in words), (words, str(e))
+        return
+    raise AssertionError(f"{how} was not refused")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny_model(seed=0, std=0.3, **shape):
+    """A small random model whose every weight matters: initialisation leaves some at zero."""
+    shape = {"vocab_size": 11, "seq_len": 15, "block_size": 3, "n_layer": 2, "n_head": 4,
+             "n_embd": 32, "n_hidden": 40, "local_window": 2, "local_hidden": 24, **shape}
+    if shape.get("context") == "block":
+        shape["local_window"] = 0
+    net, g = CascadeLM(CascadeConfig(**shape)), generator(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * std)
+    return net
+
+
+def batch_for(net, batch=3):
+    """(x0, xt, index): random tokens and the noise that a model of this shape trains on."""
+    c = net.config
+    x0 = torch.randint(c.vocab_size, (batch, c.seq_len), generator=generator(1))
+    schedule = "full" if c.local_window else "balanced"
+    noisy = all_blocks(x0, c.block_size, c.mask_id, generator(2), schedule)
+    return x0, noisy.xt, noisy.mask.flatten().nonzero()[:, 0]
+
+
+# odd block size, S = 1, S = N, grouped heads, tied head, with q/k norm and without, heads wider
+# than n_embd / n_head; a local window shorter than a block, longer, and none
+SHAPES = (
+    {"block_size": 3, "n_kv_head": 1, "local_window": 2},
+    {"block_size": 1, "tie_embeddings": True, "qk_norm": False, "local_window": 3},
+    {"block_size": 15, "n_kv_head": 2, "qk_norm": False, "local_window": 0},
+    {"block_size": 5, "n_kv_head": 2, "tie_embeddings": True, "local_window": 7, "head_dim": 12},
+)
+CONTEXTS = ("causal", "block")
+
+# ---- who sees whom -------------------------------------------------------------------------------
+
+
+def test_reference_script():
+    """python reference.py proves itself."""
+    run = subprocess.run(
+        [sys.executable, "reference.py"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    lines = run.stdout.strip().splitlines()
+    passed = sum(line.startswith("PASS") for line in lines)
+    assert run.returncode == 0 and passed == 4, run.stdout + run.stderr
+    assert lines[-1] == "All CASCADE block-attention and cache tests passed", lines[-1]
+    return f"{passed} PASS lines, exit code 0"
+
+
+def test_masks():
+    """The dense masks and FlexAttention's rules against the definition, entry by entry; off by one
+    is caught at every boundary."""
+    entries = 0
+    for N, S in ((12, 3), (8, 1), (6, 6), (20, 4)):
+        rule = reference.two_stream_rule(N, S, causal=False)
+        for sees, first, keys in ((clean_sees, 0, N), (noisy_sees, N, 2 * N)):
+            dense = model.build_block_causal_mask(N, S, sees=sees)
+            grid = torch.meshgrid(torch.arange(N), torch.arange(keys), indexing="ij")
+            flex = model.build_flex_mask(N, S, torch.device("cpu"), sees).mask_mod(0, 0, *grid)
+            for i, j in itertools.product(range(N), range(keys)):
+                assert bool(dense[i, j]) == bool(flex[i, j]) == rule(first + i, j), (N, S, i, j)
+            entries += dense.numel()
+        assert model.build_block_causal_mask(N, S).sum() == N * (N + S) // 2
+    return f"{entries} entries as defined"
+
+
+def test_attention_equals_oracle():
+    """One head, no rotary embedding: each kind of mask against the float64 loop, by the dense path
+    with its gradients and by FlexAttention; half precision on the same rounded numbers."""
+    worst = dict.fromkeys(("float32", "flex", "grad", "float16", "bfloat16"), 0.0)
+
+    def note(name, a, b):
+        worst[name] = max(worst[name], diff(a, b))
+
+    for N, S in ((24, 4), (15, 3), (8, 1), (6, 6)):
+        both = reference.two_stream_rule(N, S, causal=False)
+        for sees, keys, rule in (
+            (None, N, reference.causal_rule), (clean_sees, N, reference.block_causal_rule(S)),
+            (noisy_sees, 2 * N, lambda i, j, N=N, both=both: both(N + i, j)),
+        ):
+
+            def oracle(q, k, v, rule=rule):
+                y = reference.reference_attention(q[0, :, 0], k[0, :, 0], v[0, :, 0], rule)
+                return y[None, :, None]
+
+            q = torch.randn(1, N, 1, 8, generator=generator(1))
+            k, v = torch.randn(2, 1, keys, 1, 8, generator=generator(2)).unbind()
+            mask = None if sees is None else model.build_block_causal_mask(N, S, sees=sees)
+            ins = [x.clone().requires_grad_() for x in (q, k, v)]
+            exact = [x.double().requires_grad_() for x in (q, k, v)]
+            y, truth = attention(*ins, mask), oracle(*exact)
+            note("float32", y, truth)
+            weight = torch.randn(y.shape, generator=generator(3))
+            got = torch.autograd.grad((y * weight).sum(), ins)
+            for a, b in zip(got, torch.autograd.grad((truth * weight).sum(), exact), strict=True):
+                note("grad", a, b)
+            if sees is not None:
+                note("flex", attention(q, k, v, model.build_flex_mask(N, S, q.device, sees)), truth)
+            for dtype in ("float16", "bfloat16"):
+                half = [(0.3 * x).to(getattr(torch, dtype)) for x in (q, k, v)]
+                note(dtype, attention(*half, mask), oracle(*half))
+    assert worst["flex"] <= 1e-6 and worst["grad"] <= 5e-6, worst
+    assert worst["float16"] <= 1e-3 and worst["bfloat16"] <= 1e-2, worst
+    float32 = worst.pop("float32")
+    said = ", ".join(f"{name} {x:.0e}" for name, x in worst.items())
+    return within(float32, 1e-6, f"{said}; float32 max|diff|")
+
+
+@torch.no_grad()
+def test_no_leak():
+    """Bitwise, five blocks, both contexts: what changes in the clean text from block b on reaches
+    no earlier token and no noisy block up to b; noisy blocks do not reach each other; with a causal
+    context no token sees the next one."""
+    for context in CONTEXTS:
+        net = tiny_model(context=context, local_window=0)
+        x0, xt, _ = batch_for(net)
+        clean, noisy = net.streams(x0, xt).chunk(2)
+        for b, lo, hi in ((b, 3 * b, 3 * b + 3) for b in range(5)):
+            text, noise = x0.clone(), xt.clone()
+            for tokens in (text, noise):
+                tokens[:, lo:hi] = (tokens[:, lo:hi] + 1) % 11
+            moved_clean, moved_noisy = net.streams(text, xt).chunk(2)
+            assert (moved_clean[:, :lo] == clean[:, :lo]).all(), f"block {b} leaks backwards"
+            assert (moved_clean[:, lo:hi] != clean[:, lo:hi]).any(), "the check could not fail"
+            assert (moved_noisy[:, :hi] == noisy[:, :hi]).all(), f"{b} sees its own clean copy"
+            assert (moved_noisy[:, hi:] != noisy[:, hi:]).any(dim=-1).all(), f"{b} is not read"
+            moved_clean, moved_noisy = net.streams(x0, noise).chunk(2)
+            moved = (moved_noisy != noisy).any(dim=-1)  # (B, N)
+            assert (moved_clean == clean).all(), f"the clean stream sees noisy block {b}"
+            assert moved[:, lo:hi].all() and moved.sum() == 3 * 3, f"noisy {b} reaches on"
+        for i in range(1, 15):
+            text = torch.cat([x0[:, :i], (x0[:, i:] + 1) % 11], dim=1)
+            same = bool((net.streams(text)[:, :i] == clean[:, :i]).all())
+            assert same == (context == "causal" or i % 3 == 0), (context, i)
+    return "clean and noisy, both contexts"
+
+
+# ---- the network against the slow truth ----------------------------------------------------------
+
+
+def test_model_equals_oracle():
+    """Logits, every NLL and every gradient, both contexts: heads, rotary embedding, groups, ties,
+    q/k norm, local windows, soft targets, which are not differentiated. FlexAttention's forward."""
+    worst = dict.fromkeys(("logits", "NLLs", "grad", "flex"), 0.0)
+
+    def note(name, a, b):
+        worst[name] = max(worst[name], diff(a, b))
+
+    for shape, context in itertools.product(SHAPES, CONTEXTS):
+        net = tiny_model(**shape, context=context)
+        x0, xt, index = batch_for(net)
+        state = {k: v.detach().clone().requires_grad_() for k, v in net.state_dict().items()}
+        logits = reference.reference_logits(state, net.config, x0)
+        note("logits", net.logits_of(x0), logits)
+        teacher, p = (net, logits[:, :-1].softmax(-1)) if context == "causal" else (None, None)
+        slow = reference.reference_nlls(state, net.config, x0, xt, p)
+        slow |= {k: v.flatten()[index] for k, v in slow.items() if k.startswith("masked")}
+        slow.pop("gpt_soft", None)  # a model's own p teaches its drafts alone
+        fast = net(x0, xt, index, teacher)._asdict()
+        assert {k for k, v in fast.items() if v is not None} == slow.keys(), (shape, fast)
+        for name in slow:
+            note("NLLs", fast[name], slow[name])
+        for found in (fast, slow):
+            sum((found[name] * torch.rand(x.shape, generator=generator(3))).mean()
+                for name, x in slow.items()).backward()
+        for name, p in net.named_parameters():
+            note("grad", p.grad, state[name].grad)
+        net.attention = "flex"
+        with torch.no_grad():
+            note("flex", net.logits_of(x0), logits)
+            note("flex", net(x0, xt, index).masked, slow["masked"])
+    assert worst["logits"] < 5e-6 and worst["flex"] < 5e-6 and worst["grad"] < 1e-5, worst
+    nlls = worst.pop("NLLs")
+    said = ", ".join(f"{name} {x:.0e}" for name, x in worst.items())
+    return within(nlls, 5e-6, f"{said}; NLLs max|diff|")
+
+
+def test_other_teacher():
+    """Soft targets of another model: both levels' cross-entropies against its p, and their
+    gradients, of AR too. The teacher gets none, and the NLLs of the text stay as they are."""
+    net, teacher = tiny_model(), tiny_model(9, n_embd=16, block_size=5, local_window=0)
+    x0, xt, index = batch_for(net)
+    state = {k: v.detach().clone().requires_grad_() for k, v in net.state_dict().items()}
+    p = reference.reference_logits(teacher.state_dict(), teacher.config, x0)[:, :-1].softmax(-1)
+    slow = reference.reference_nlls(state, net.config, x0, xt, p)
+    fast, text = net(x0, xt, index, teacher), net(x0, xt, index)
+    assert diff(fast.gpt, text.gpt) == diff(fast.masked, text.masked) == 0
+    assert text.gpt_soft is None and text.masked_soft is None
+    assert diff(net(x0, teacher=teacher).gpt_soft, slow["gpt_soft"]) < 5e-6
+    soft = slow["masked_soft"].flatten()[index]
+    worst = max(diff(fast.gpt_soft, slow["gpt_soft"]), diff(fast.masked_soft, soft))
+    (fast.gpt_soft.mean() + fast.masked_soft.mean()).backward()
+    (slow["gpt_soft"].mean() + soft.mean()).backward()
+    grad = max(diff(p.grad, state[name].grad) for name, p in net.named_parameters())
+    assert grad < 1e-5 and all(p.grad is None for p in teacher.parameters())
+    refuses(net, "causal", x0=x0, teacher=tiny_model(context="block"))
+    return within(worst, 5e-6, f"grad {grad:.0e}; max|diff|")
+
+
+@torch.no_grad()
+def test_draft_nll():
+    """The draft NLL is that of drawing a block token by token: it equals a loop over the local head
+    that holds only what was drawn so far; over all blocks the probabilities add up to 1; and no
+    token has a part in its own distribution."""
+    net = tiny_model(vocab_size=3, seq_len=9, local_window=4)
+    blocks = torch.tensor([*itertools.product(range(3), repeat=3)])  # all 27 of them
+    x0 = torch.tensor([[0, 2, 1, 0, 0, 0, 1, 2, 2]]).repeat(27, 1)
+    x0[:, 3:6] = blocks
+    xt = torch.full_like(x0, net.config.mask_id)
+    nll = net(x0, xt, torch.arange(x0.numel())).masked.double().view(27, 9)[:, 3:6]
+    h, loop = net.streams(x0, xt)[27:], torch.zeros(27, 3)
+    for row, j in itertools.product(range(27), range(3)):
+        drawn = [3, 0, 2, 1, *blocks[row, :j].tolist()]  # [MASK], the first block, drafts so far
+        hidden = net.local(h[row, 3 + j], torch.tensor(drawn[-4:]).flip(0))
+        q = F.linear(net.norm(hidden), net.head_weight()).softmax(-1)
+        loop[row, j] = -q[blocks[row, j]].log()
+    each = (-nll).exp().view(3, 3, 3, 3)  # by the block's three tokens: the probability of each
+    for j in range(3):
+        assert diff(each[..., j].sum(dim=j), torch.ones(3, 3)) < 1e-6, f"token {j} sees itself"
+    total = (-nll.sum(dim=1)).exp().sum().item()
+    assert abs(total - 1) < 1e-6, total
+    return within(diff(nll, loop), 2e-6, f"27 blocks add up to 1 {total - 1:+.0e}; max|diff|")
+
+
+@torch.no_grad()
+def test_streams_equal_blocks():
+    """`corrupt_target_block` as the Phase 1 note has it, one stream for each block, equals one pass
+    over two streams with all blocks noisy."""
+    net = tiny_model(seq_len=12, block_size=4, context="block")
+    x0, noisy, _ = batch_for(net)
+    at, every = torch.arange(12) // 4, torch.arange(36)
+    want, worst = net(x0, noisy, every).masked.view(3, 12), 0.0
+    for b in range(3):
+        xt = torch.where(at < b, x0, noisy).masked_fill(at > b, net.config.mask_id)
+        log_p = net.logits_of(xt).log_softmax(-1).gather(-1, x0.unsqueeze(-1)).squeeze(-1)
+        for nll in (-log_p, net(x0, xt, every).masked.view(3, 12)):
+            worst = max(worst, diff(nll[:, at == b], want[:, at == b]))
+    return within(worst, 2e-6)
+
+
+@torch.no_grad()
+def test_bfloat16():
+    """NLLs under bf16 autocast against float32. Whatever the autocast, they are float32."""
+    worst = 0.0
+    for context in CONTEXTS:
+        net = tiny_model(context=context, std=0.1, n_embd=64)
+        x0, xt, index = batch_for(net)
+        teacher = net if context == "causal" else None
+        with torch.autocast("cpu", torch.bfloat16):
+            half = [x for x in net(x0, xt, index, teacher) if x is not None] + [net.logits_of(x0)]
+        full = [x for x in net(x0, xt, index, teacher) if x is not None] + [net.logits_of(x0)]
+        assert all(x.dtype == torch.float32 for x in half)
+        worst = max(worst, *map(diff, half, full))
+    return within(worst, 1e-2)
+
+
+def test_head_in_pieces():
+    """The head's losses a few positions at a time: values and gradients as if all at once."""
+    g, worst = generator(), 0.0
+    h, head = torch.randn(5, 10, 16, generator=g), torch.randn(40, 16, generator=g)
+    targets, weight = torch.randint(40, (5, 10), generator=g), torch.rand(5, 10, generator=g)
+    other = torch.randn(5, 10, 24, generator=g), torch.randn(40, 24, generator=g)
+    for p in ((None, None), other):
+        found = []
+        for most in (2**25, 40 * 50 - 1, 40 * 7, 1):  # all at once; 49 rows and 1; 7 a time; 1
+            ins = [h.clone().requires_grad_(), head.clone().requires_grad_()]
+            nlls = [x for x in model.head_nll(*ins, targets, *p, most) if x is not None]
+            grads = torch.autograd.grad(sum((x * weight).sum() for x in nlls), ins)
+            found.append([*nlls, *grads])
+        for got in found[1:]:
+            worst = max(worst, *map(diff, got, found[0]))
+        assert diff(found[0][0], F.cross_entropy((h @ head.T).mT, targets, reduction="none")) < 1e-5
+    return within(worst, 1e-5)
+
+
+def test_initialisation():
+    """The untrained model predicts the uniform distribution over V real tokens, whatever the width,
+    and the local head changes nothing yet. [MASK] has no row in the head."""
+    for tie in (False, True):
+        torch.manual_seed(0)
+        net = CascadeLM(CascadeConfig(tie_embeddings=tie, n_embd=96, n_head=4))
+        x0, xt, index = batch_for(net)
+        assert net.logits_of(x0).shape == (3, 256, 65)
+        means = [nll.mean().item() for nll in net(x0, xt, index, net) if nll is not None]
+        assert all(abs(mean - math.log(65)) < 0.1 for mean in means), means
+        known = {"embed_tokens": 0.02, "embed": 1, "o_proj": 0, "down_proj": 0, "lm_head": 0}
+        for name, p in net.named_parameters():
+            want = known.get(name.split(".")[-2], 0.5 * p.shape[-1] ** -0.5)
+            if p.ndim == 2:
+                assert abs(p.std().item() - want) < 0.06 * want + 1e-9, (name, p.std(), want)
+            else:
+                assert (p == 1).all(), name
+    return f"first NLLs {means[0]:.3f}, log V = {math.log(65):.3f}"
+
+
+def test_compiles_whole():
+    """Traced for torch.compile, what trains is one graph; both contexts."""
+    for context in CONTEXTS:
+        torch._dynamo.reset()
+        net = tiny_model(context=context)
+        how = *batch_for(net), net if context == "causal" else None
+        whole = torch.compile(net, fullgraph=True, backend="eager")
+        assert diff(whole(*how).masked, net(*how).masked) == 0
+    return "one graph"
+
+
+def test_refusals():
+    """Shapes, noise and combinations that cannot work end in one line; the others are taken."""
+    shapes = (
+        ({"seq_len": 15}, "multiple"), ({"block_size": 0}, "multiple"), ({"n_layer": 0}, "n_layer"),
+        ({"n_embd": 100}, "divisible"), ({"n_kv_head": 4}, "divisible"), ({"head_dim": 5}, "odd"),
+        ({"context": "both"}, "context"), ({"context": "block"}, "local_window"),
+        ({"local_window": -1}, "local_window"), ({"n_kv_head": -6}, "n_kv_head"),
+    )
+    for shape, word in shapes:
+        refuses(CascadeConfig, word, **shape)
+    refuses(CascadeLM, "attention", config=CascadeConfig(), attention="dense")
+    noises = (
+        ({"block_size": 3}, "multiple"), ({"block_size": 0}, "multiple"),
+        ({"schedule": "white"}, "balanced"), ({"weighting": "mean"}, "elbo"),
+        ({"rates": Rates(m_min=0.0)}, "rates"), ({"rates": Rates(m_min=1.5)}, "rates"),
+        ({"rates": Rates(clip_low=0.9)}, "rates"), ({"rates": Rates(clip_high=1.2)}, "rates"),
+    )
+    how = {"x0": torch.zeros(2, 8).long(), "mask_id": 9, "generator": generator(), "block_size": 4}
+    for corruption, (wrong, word) in itertools.product((all_blocks, target_block), noises):
+        refuses(corruption, word, **how | wrong)
+    cascade, plain = CascadeConfig(), CascadeConfig(local_window=0)
+    block, ar = CascadeConfig(context="block", local_window=0), {"noise": "full", "draft_weight": 0}
+    full, target = {"noise": "full"}, {"noise": "uniform", "corruption": "target"}
+    for config, taken in (
+        (cascade, full | {"soft": 0.5}), (cascade, full | {"soft": 0.5, "teacher": True}),
+        (plain, {"noise": "clipped"}), (plain, ar), (plain, ar | {"soft": 0.5, "teacher": True}),
+        (block, {"noise": "balanced"}), (block, target),
+    ):
+        config.check_training(**taken)
+    combinations = (
+        (cascade, {"noise": "balanced"}, "noise=full"), (cascade, full | {"teacher": True}, "soft"),
+        (cascade, ar, "local_window=0"), (plain, full | {"soft": 0.5}, "local head"),
+        (plain, ar | {"soft": 0.5}, "teacher"), (plain, target, "context=block"),
+        (block, full | {"soft": 0.5}, "local head"), (block, ar, "context=causal"),
+    )
+    for config, wrong, word in combinations:
+        refuses(config.check_training, word, **wrong)
+    return f"{len(shapes)} shapes, {2 * len(noises)} noises, {len(combinations)} combinations"
+
+
+# ---- the noise -----------------------------------------------------------------------------------
+
+
+def test_noise_counts():
+    """`balanced`: every k equally often in each group of sequences, nearly so among those left
+    over, and uniform at every block's place. `uniform`: so are its rates."""
+
+    def counts(batch, nb, S, seed):
+        x0 = torch.zeros(batch, nb * S, dtype=torch.long)
+        return all_blocks(x0, S, 9, generator(seed)).mask.view(batch, nb, S).sum(dim=-1)
+
+    for B, nb, S in ((6, 4, 4), (8, 2, 16), (12, 3, 9), (10, 6, 4)):
+        k, group = counts(B, nb, S, B), S // math.gcd(S, nb)
+        for rows in k[: B // group * group].split(group):
+            often = torch.bincount(rows.flatten(), minlength=S + 1)
+            assert often[0] == 0 and (often[1:] == often[1]).all(), (B, nb, S, often)
+    for seed in range(50):  # 3 sequences left of a group of 4: 9 strata, of which each k fills 2.25
+        often = torch.bincount(counts(3, 3, 4, seed).flatten(), minlength=5)[1:]
+        assert often.min() >= 1 and often.max() <= 4, often
+    draws = torch.stack([counts(5, 3, 4, seed) for seed in range(3000)])  # (3000, 5, 3)
+    share = torch.stack([(draws == k).double().mean(dim=0) for k in (1, 2, 3, 4)])
+    worst = (share - 0.25).abs().max().item() / math.sqrt(0.25 * 0.75 / 3000)
+    x0 = torch.zeros(4, 12, dtype=torch.long)
+    rates = torch.stack([all_blocks(x0, 2, 9, generator(seed), "uniform").m
+                         for seed in range(3000)])  # (3000, 4, 6)
+    assert (rates.var(dim=0) * 12 - 1).abs().max() < 0.1
+    assert rates.mean(dim=(1, 2)).std() < 0.2 * math.sqrt(1 / 12 / 24), "not stratified"
+    worst = max(worst, (rates.mean(dim=0) - 0.5005).abs().max().item() / math.sqrt(1 / 12 / 3000))
+    return within(worst, 4.5, "share of k and mean rate by place, std errors off")
+
+
+def test_noise_masks():
+    """Exact counts mask k tokens anywhere, rates mask at rate m; the weights of the table, and the
+    Phase 1 note's: (1/m) * mean over the masked."""
+    x0, S = torch.randint(9, (600, 16), generator=generator(1)), 4
+    for schedule, weighting in itertools.product(SCHEDULES, WEIGHTINGS):
+        rates = Rates(clip_low=0.4, clip_high=0.6)
+        n = all_blocks(x0, S, 9, generator(2), schedule, rates, weighting)
+        assert torch.equal(n.xt, x0.masked_fill(n.mask, 9))
+        inside = n.mask.view(600, 4, S)
+        k, place = inside.sum(dim=-1), inside.flatten(0, 1).double().mean(dim=0)
+        assert (place - place.mean()).abs().max() < 0.04, place
+        if schedule in ("balanced", "full"):
+            assert (k == (n.m * S).round()).all() and (schedule == "balanced" or (k == S).all())
+            each = 1 / k
+        else:
+            assert schedule != "clipped" or (0.4 <= n.m.min() and n.m.max() <= 0.6)
+            assert abs((k / S - n.m).mean().item()) < 0.03
+            each = 1 / (n.m * S)
+        if weighting == "cascade":
+            each = 1 / (n.m * k.clamp(min=1))
+        assert diff(n.weight.view(600, 4, S), each.unsqueeze(-1) * inside) < 1e-5 * each.max()
+    return f"masks and weights of {', '.join(SCHEDULES)}, by both weightings"
+
+
+def test_noise_target_block():
+    """The Phase 1 note's corruption: clean before b, a loss at masked positions of b and nowhere
+    else, everything after b masked, b uniform; masks as if drawn until one is not empty."""
+    B, N, S = 4000, 24, 4
+    x0, at = torch.randint(50, (B, N), generator=generator(3)), torch.arange(N) // S
+    for schedule in SCHEDULES:
+        n = target_block(x0, S, 50, generator(4), schedule)
+        assert torch.equal(n.xt, x0.masked_fill(n.mask | (at > n.block), 50))
+        assert not (n.mask & (at != n.block)).any() and n.mask.any(dim=1).all()
+        assert ((n.weight > 0) == n.mask).all() and n.m.shape == n.block.shape == (B, 1)
+        share = torch.bincount(n.block[:, 0], minlength=N // S) / B
+        assert (share - S / N).abs().max() < 0.03, share
+        assert schedule != "full" or torch.equal(n.mask, at == n.block)
+    m, rates = 0.1, Rates(clip_low=0.1, clip_high=0.1)
+    n = target_block(x0, S, 50, generator(5), "clipped", rates, "elbo")
+    inside, some = n.mask[at == n.block].view(B, S), 1 - (1 - m) ** S
+    assert diff(n.weight.max(dim=1).values, torch.full((B,), some / (m * S))) < 1e-6
+    found = [(inside[:, i], m / some) for i in range(S)]  # each place, each count
+    for k in range(1, S + 1):
+        found.append((inside.sum(dim=1) == k, math.comb(S, k) * m**k * (1 - m) ** (S - k) / some))
+    worst = max(abs(rows.double().mean().item() - p) / math.sqrt(p * (1 - p) / B)
+                for rows, p in found)
+    return within(worst, 4, "places and counts of a mask that is not empty, std errors off")
+
+
+def test_noise_weighting_cascade():
+    """weighting="cascade" is not the bound: its expectation grows like log(1 / m_min), that of
+    "elbo" does not."""
+    B, S, found, off = 100_000, 16, {}, 0.0
+    x0 = torch.zeros(B, S, dtype=torch.long)
+    for m_min, weighting in itertools.product((1e-1, 1e-2, 1e-3), WEIGHTINGS):
+        n = target_block(x0, S, 3, generator(1), "uniform", Rates(m_min), weighting)
+        loss = masked_diffusion_loss(torch.ones(B, S), n.weight, B).item()
+        want = math.log(1 / m_min) / (1 - m_min) if weighting == "cascade" else 1
+        found[weighting, m_min], off = loss, max(off, abs(loss / want - 1))
+    growth = ", ".join(f"{found['cascade', m]:.2f}" for m in (1e-1, 1e-2, 1e-3))
+    return within(off, 0.05, f"times the loss {growth} at m_min 0.1, 0.01, 0.001, elbo 1.00; off")
+
+
+# ---- the bound -----------------------------------------------------------------------------------
+
+
+def exact_bound(net, x0):
+    """(count form, rate form) in nats per token of x0 (B, N), by enumeration of all mask sets.
+
+    Both weigh the summed NLL of a mask set of size k in one block. Counts: P(k) P(M | k) S/k =
+    1/S / C(S,k) * S/k. Rates: the integral over m of m^(k-1) (1-m)^(S-k) = (k-1)! (S-k)! / S!.
+    """
+    S, nb, counts, rates = net.config.block_size, x0.shape[1] // net.config.block_size, 0.0, 0.0
+    for bits in itertools.product((False, True), repeat=S):
+        k, mask = sum(bits), torch.tensor(bits).repeat(nb).expand_as(x0)
+        if k:
+            xt, index = x0.masked_fill(mask, net.config.mask_id), mask.flatten().nonzero()[:, 0]
+            nll = net(x0, xt, index).masked.double().sum().item() / x0.numel()
+            counts += nll / math.comb(S, k) / k
+            rates += nll * math.factorial(k - 1) * math.factorial(S - k) / math.factorial(S)
+    return counts, rates
+
+
+@torch.no_grad()
+def test_bound():
+    """By enumeration on a tiny model: masks by count and by rate have the same expected loss, and
+    `balanced` and `uniform` noise estimate it, in all blocks or in one, for both contexts."""
+    worst = 0.0
+    for context in CONTEXTS:
+        net = tiny_model(vocab_size=5, n_embd=16, n_head=2, std=0.5, seq_len=12, block_size=4,
+                         context=context, local_window=0)
+        x0, _, _ = batch_for(net, batch=2)
+        counts, rates = exact_bound(net, x0)
+        assert abs(counts - rates) < 1e-6, (counts, rates)
+        x0 = x0.repeat(500, 1)
+        for schedule, corruption in itertools.product(
+            ("balanced", "uniform"), (all_blocks, target_block)
+        ):
+            losses = []
+            for seed in range(10):
+                n = corruption(x0, 4, 5, generator(seed), schedule, Rates(m_min=1e-6), "elbo")
+                index = n.mask.flatten().nonzero()[:, 0]
+                nll, weight = net(x0, n.xt, index).masked, n.weight.flatten()[index]
+                losses.append(masked_diffusion_loss(nll, weight, n.block.numel()))
+            losses = torch.stack(losses).double()
+            error = losses.std().item() / math.sqrt(len(losses))
+            assert error < 0.02, (schedule, corruption, error)
+            worst = max(worst, abs(losses.mean().item() - counts) / error)
+    return within(worst, 5, f"exact {counts:.4f} nats/token in both forms; std errors off")
+
+
+# ---- it learns -----------------------------------------------------------------------------------
+
+
+def memorise(corruption, schedule, weighting, rates, betas, **shape):
+    """(before, after) 200 steps on one batch of (4, 64) random tokens out of 128, S = 8: the NLL of
+    masked tokens in nats, a mean over 50 draws of the training noise. rates: the peaks of the
+    layers' matrices and of all else."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 128, "seq_len": 64, "block_size": 8, "n_head": 4, "n_embd": 128, **shape}
+    net, x0 = CascadeLM(CascadeConfig(**shape)), torch.randint(128, (4, 64), generator=generator())
+    groups = [{"params": [], "lr": lr} for lr in rates]
+    for name, p in net.named_parameters():
+        groups[0 if "_proj" in name else 1]["params"].append(p)
+    optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=0.0)
+    rise_and_fall = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 10) * (1 - step / 200))
+
+    def losses(draw):
+        n = corruption(x0, 8, 128, generator(draw), schedule, Rates(m_min=0.9), weighting)
+        index = n.mask.flatten().nonzero()[:, 0]
+        nll = net(x0, n.xt, index, net if net.local is not None else None)
+        loss = masked_diffusion_loss(nll.masked, n.weight.flatten()[index], n.block.numel())
+        return loss if nll.gpt is None else loss + nll.gpt.mean(), nll.masked.mean()
+
+    def measured():
+        with torch.no_grad():
+            return sum(losses(1000 + draw)[1].item() for draw in range(50)) / 50
+
+    before = measured()
+    for step in range(200):
+        losses(step)[0].backward()
+        optimizer.step()
+        rise_and_fall.step()
+        optimizer.zero_grad()
+    return before, measured()
+
+
+def test_memorisation():
+    """200 steps on one batch: from log 128 to under 0.5 nats, as a cascade, as block diffusion in
+    all blocks, and in the Phase 1 note's form, one target block of each example a step. (The four
+    first blocks look alike when all is masked: 0.12 of what is left.)"""
+    block, found = {"context": "block", "local_window": 0}, {}
+    calm, fast = ((0.005, 0.005), (0.8, 0.9)), ((0.002, 0.06), (0.7, 0.85))
+    for name, *how, shape in (
+        ("cascade", all_blocks, "full", "elbo", *calm, {"n_layer": 2}),
+        ("all blocks", all_blocks, "balanced", "elbo", *calm, {"n_layer": 2, **block}),
+        ("target block", target_block, "uniform", "cascade", *fast, {"n_layer": 1, **block}),
+    ):
+        before, found[name] = memorise(*how, **shape)
+        assert abs(before - math.log(128)) < 0.05, (name, before)
+    said = ", ".join(f"{name} {last:.2f}" for name, last in found.items())
+    return within(max(found.values()), 0.5, f"from {before:.2f}: {said}; the worst")
+
+
+# ---- the runner ----------------------------------------------------------------------------------
+
+
+def run(name):
+    """(verdict, seconds, what to say) of one test."""
+    torch.set_num_threads(1)  # the models here are tiny: a second thread would only wait
+    began = time.perf_counter()
+    try:
+        verdict, line = "PASS", globals()[name]()
+    except Skip as e:
+        verdict, line = "SKIP", str(e)
+    except Exception as e:
+        verdict, line = "FAIL", f"{type(e).__name__}: {e}"
+        traceback.print_exc()
+    return verdict, time.perf_counter() - began, line
+
+
+def main(words):
+    """Run the tests whose name holds one of `words`, all without any; 0 if none failed."""
+    names = [name for name in globals() if name.startswith("test_")]
+    names = [name for name in names if not words or any(w in name[5:] for w in words)]
+    if not names:
+        print(f"error: no test has {' or '.join(words)} in its name", file=sys.stderr)
+        return 2
+    count = {"PASS": 0, "FAIL": 0, "SKIP": 0}
+    workers = min(len(names), os.cpu_count() or 1, 4)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for name, (verdict, seconds, line) in zip(names, pool.map(run, names), strict=True):
+            count[verdict] += 1
+            print(f"{verdict}  {name[5:]:24s} {seconds:5.1f}s  {line}", flush=True)
+    print(f"{count['PASS']} passed, {count['FAIL']} failed, {count['SKIP']} skipped")
+    return 1 if count["FAIL"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
