@@ -1,9 +1,10 @@
 """The network of this folder against that of the old tree beside it, on the same weights; deleted
 together with the old tree.
 
-    python new/against_old.py            logits and NLLs, then the time of a training step
+    python new/against_old.py
 
-Logits and NLLs in float64 and float32. Times are CPU seconds of forward and backward, interleaved.
+Logits, NLLs and gradients in float64 and float32; then the CPU seconds of forward and backward,
+interleaved: medians and quartiles of the rounds' ratios.
 """
 
 import importlib
@@ -81,23 +82,29 @@ def parity(dtype, allowed):
     for shape in ({}, {"n_kv_head": 2, "block_size": 16}, {"qk_norm": False}, {"context": "block"},
                   {"context": "block", "tie_embeddings": True, "n_kv_head": 3}):
         new, old = pair(dtype, **shape)
-        c = new.config
+        c, worst = new.config, {}
         x0 = torch.randint(85, (4, 128), generator=torch.Generator().manual_seed(1))
         schedule = "full" if c.local_window else "balanced"
         noisy = corrupt.corrupt_all_blocks(x0, c.block_size, c.mask_id, torch.Generator(), schedule)
         index = noisy.mask.flatten().nonzero()[:, 0]
-        nlls = new(x0, noisy.xt, index, new if c.local_window else None)
+        nlls = new(x0, noisy.xt, index, own_p=c.local_window > 0)
         with exactly(dtype):
-            logits = old(x0)
-            gpt, single, joint, _ = old_eval.Score(old, "gpt")(x0, noisy.xt[None], index)
+            worst["logits"] = largest(new.logits_of(x0), old(x0))
             text = old_eval.Score(old)(x0, noisy.xt[None], index)[2]
-        worst = {"logits": largest(new.logits_of(x0), logits)}
-        worst["masked"] = largest(nlls.masked, text)
-        if c.context == "causal":
-            worst["gpt"] = largest(nlls.gpt.flatten(), gpt)
-            # of a window's first token the old tree has an NLL that its other loss trains
-            known = index % 128 > 0
-            worst["soft"] = largest(nlls.masked_soft[known], joint[known])
+            gpt, _, soft, _ = old_eval.Score(old, "gpt")(x0, noisy.xt[None], index)
+            theirs, ours = [text.mean()], [nlls.masked.mean()]
+            worst["masked"] = largest(nlls.masked, text)
+            if c.context == "causal":
+                known = index % 128 > 0  # a window's first token has no p
+                worst["gpt"] = largest(nlls.gpt.flatten(), gpt)
+                worst["soft"] = largest(nlls.masked_soft[known], soft[known])
+                theirs += [gpt.mean(), soft[known].mean()]
+                ours += [nlls.gpt.mean(), nlls.masked_soft[known].mean()]
+            sum(theirs).backward()
+        sum(ours).backward()
+        grads = {name: p.grad for name, p in old.named_parameters()}
+        worst["grad"] = max(
+            largest(p.grad, grads[old_name(name)]) for name, p in new.named_parameters())
         assert max(worst.values()) <= allowed, (shape, worst)
         said = ", ".join(f"{name} {x:.1e}" for name, x in worst.items())
         print(f"{str(dtype):14s} {shape or 'cascade'}: max|diff| {said}; allowed {allowed:.0e}")
@@ -110,7 +117,7 @@ def new_step(net, schedule, soft):
     def step():
         noisy = corrupt.corrupt_all_blocks(x0, c.block_size, c.mask_id, g, schedule)
         index = noisy.mask.flatten().nonzero()[:, 0]
-        nlls = net(x0, noisy.xt, index, net if soft else None)
+        nlls = net(x0, noisy.xt, index, own_p=soft > 0)
         masked = nlls.masked if soft == 0 else (1 - soft) * nlls.masked + soft * nlls.masked_soft
         weight = noisy.weight.flatten()[index]
         loss = corrupt.masked_diffusion_loss(masked, weight, noisy.block.numel())

@@ -2,22 +2,22 @@
 
 A sequence is cut into blocks of S tokens, which are predicted left to right. Inside a block k
 tokens are replaced by [MASK], and the network predicts them from the rest of the block and from all
-earlier blocks. With a uniform count k and a uniform set M of k positions, for one block,
+earlier blocks. With k uniform on 1..S, and k masked positions of the block drawn uniformly,
 
-    -log p(x^b | x^{<b})  <=  E_{k ~ U{1..S}} E_{|M| = k} [ S/k * sum_{i in M} -log p(x_i | ...) ]
+    -log p(block | earlier blocks)  <=  E[ S/k * sum_{i masked} -log p(x_i | what is visible) ]
 
-Divided by S, so per token, it is the mean cross-entropy over the masked positions, averaged over k.
-Masking each token independently at a rate m ~ U(0, 1], with the weight 1/m, gives the same number.
+This is the bound. Divided by S, per token, it is the mean NLL of the masked, averaged over k. Masks
+at a rate m ~ U(0, 1], with 1/m in place of S/k, give the same number (test_all.py enumerates both).
 
-    schedule   draws                                             weight of each masked token
+    noise      draws                                             weight of each masked token
     balanced   every k in 1..S equally often, exactly k masked   1 / k
-    uniform    m ~ U[m_min, 1], each token masked at rate m      1 / (m S)
+    uniform    m ~ U[m_min, 1], each token masked at rate m      1 / (m S); the bound for m_min -> 0
     clipped    m ~ U[clip_low, clip_high], else as uniform       1 / (m S); for training, no bound
     full       k = S: every block is masked completely           1 / S
 
 `uniform` is the noise of MDLM and LLaDA, `clipped` that of BD3-LM (arXiv 2503.09573); `full` trains
-drafts. All is a pure function of its arguments and of a CPU generator, so the noise of a training
-step depends neither on the device nor on the number of processes.
+drafts. All is a pure function of its arguments and of a CPU generator, so that the noise of a step
+depends neither on the device nor on the number of processes.
 """
 
 from math import gcd
@@ -27,7 +27,7 @@ import torch
 
 
 class Rates(NamedTuple):
-    """The intervals of mask rates: `uniform` draws from [m_min, 1], `clipped` from the other."""
+    """Mask rates: `uniform` draws from [m_min, 1], `clipped` from [clip_low, clip_high]."""
 
     m_min: float = 1e-3
     clip_low: float = 0.3
@@ -57,13 +57,14 @@ def masked_diffusion_loss(nll, weight, num_blocks):
     num_blocks: target blocks in the global batch, over all processes and micro-batches, so that how
     it is shared out changes nothing. The number of masked tokens is in the weights already.
     """
+    require(nll.shape == weight.shape, f"{tuple(nll.shape)} NLLs, {tuple(weight.shape)} weights")
     return (nll * weight).sum() / num_blocks
 
 
-# ---- noise schedules -----------------------------------------------------------------------------
-# (u, score, rates) -> (m, k, weight): a block's mask rate, how many of its tokens will be masked,
-# those with the k lowest scores, and the weight of each. u (...) in [0, 1) is the block's random
-# number, stratified over the batch, score (..., S) in [0, 1) those of its tokens.
+# ---- schedules of the noise ----------------------------------------------------------------------
+# (u, score, rates) -> (m, k, weight), each (...), of a block: its mask rate; how many of its tokens
+# will be masked, those with the lowest scores; the weight of each. u (...) in [0, 1) is the block's
+# random number, stratified over the batch, score (..., S) in [0, 1) those of its tokens.
 
 
 def balanced(u, score, rates):
@@ -86,7 +87,7 @@ def full(u, score, rates):
 
 
 def at_rate(m, score):
-    k = (score < m.unsqueeze(-1)).double().sum(dim=-1)  # 0: such a block rightly adds no loss
+    k = (score < m.unsqueeze(-1)).double().sum(dim=-1)  # where it is 0, there rightly is no loss
     return m, k, 1 / (m * score.shape[-1])
 
 
@@ -96,83 +97,84 @@ RATES = Rates()
 
 
 def block_strata(batch, nb, S, generator):
-    """(batch, nb) float64: u of each block, one from each of n equal parts of [0, 1), permuted, so
-    that a block's noise is not tied to its place. n is over the smallest number of sequences whose
-    blocks are a multiple of S, where `balanced` gives every k equally often, and over what is left.
+    """(batch, nb) float64: u of each block, one from each of n equal parts of [0, 1).
+
+    n is the number of blocks of a group: as few sequences as have a multiple of S blocks together,
+    for then `balanced` gives every k equally often. Sequences left over are a group of their own.
+    The parts are permuted, so that a block's noise is not tied to its place in the sequence.
     """
-    group, u = S // gcd(S, nb), []
+    group = S // gcd(S, nb)
+    u = []
     for sequences in [group] * (batch // group) + [batch % group]:
         n = sequences * nb
-        order = torch.randperm(n, generator=generator)
-        u.append((order + torch.rand(n, generator=generator, dtype=torch.float64)) / n)
+        part = torch.randperm(n, generator=generator)
+        u.append((part + torch.rand(n, generator=generator, dtype=torch.float64)) / n)
     return torch.cat(u).view(batch, nb)
 
 
-def draw_masks(batch, nb, S, generator, schedule, rates, weighting, nonempty=False):
+def draw_masks(batch, nb, S, generator, noise, rates, weighting, nonempty=False):
     """mask (B, nb, S) bool, weight (B, nb, S) and m (B, nb), float64, of nb blocks a sequence.
 
-    nonempty: masks as if drawn until one is not empty. By rates that has probability 1 - (1-m)^S,
-    so the bound's weight becomes (1 - (1-m)^S) / (m S).
+    nonempty: an empty mask is drawn again, until it is not. At rate m a mask is not empty with
+    probability 1 - (1-m)^S, so the bound's weight becomes (1 - (1-m)^S) / (m S).
 
-    weighting "cascade", of CASCADE's Phase 1 note, is (1/m) * mean over the masked. It is NOT the
-    bound: the mean divides by k, about m S, and 1/m stands outside of it. So nearly clean blocks
-    count 1/m times too much, and the expectation grows like log(1 / m_min).
+    weighting: "elbo", the bound's, as above; or "cascade", of CASCADE's Phase 1 note, which is
+    (1/m) * mean over the masked. That is NOT the bound: the mean divides by k, about m S, and 1/m
+    stands outside of it. So nearly clean blocks count 1/m times too much, and the expectation grows
+    like log(1 / m_min).
     """
-    require(schedule in SCHEDULES, f"noise must be one of {', '.join(SCHEDULES)}, not {schedule!r}")
+    require(noise in SCHEDULES, f"noise must be one of {', '.join(SCHEDULES)}, not {noise!r}")
     require(weighting in WEIGHTINGS, f"weighting must be elbo or cascade, not {weighting!r}")
     require(0 < rates.m_min <= 1 and 0 < rates.clip_low <= rates.clip_high <= 1,
             f"mask rates must satisfy 0 < low <= high <= 1, not {tuple(rates)}")
     u = block_strata(batch, nb, S, generator)
     score = torch.rand(batch, nb, S, generator=generator, dtype=torch.float64)
-    m, k, weight = SCHEDULES[schedule](u, score, rates)
-    if nonempty and schedule in ("uniform", "clipped"):  # in place of k = 0 draw a count > 0
+    m, k, weight = SCHEDULES[noise](u, score, rates)
+    if nonempty and noise in ("uniform", "clipped"):  # the others never mask nothing
         log_p = torch.distributions.Binomial(S, m.unsqueeze(-1)).log_prob(torch.arange(1, S + 1))
         again = 1 + torch.multinomial(log_p.exp().flatten(0, 1), 1, generator=generator)
         k = torch.where(k == 0, again.view(k.shape).double(), k)
         weight = weight * (1 - (1 - m) ** S)
     if weighting == "cascade":
         weight = 1 / (m * k.clamp(min=1))
-    mask = score.argsort(dim=-1).argsort(dim=-1) < k.unsqueeze(-1)  # the k lowest scores
-    return mask, mask * weight.unsqueeze(-1), m
+    mask = score.argsort(dim=-1).argsort(dim=-1) < k.unsqueeze(-1)  # by the rank of each score
+    return mask, torch.where(mask, weight.unsqueeze(-1), 0.0), m
 
 
 def corrupt_all_blocks(
-    x0, block_size, mask_id, generator, schedule="balanced", rates=RATES, weighting="elbo"
+    x0, block_size, mask_id, generator, noise="balanced", rates=RATES, weighting="elbo"
 ):
-    """Mask every block of every sequence: x0 (B, N) int64 clean tokens on the CPU -> `Noisy` with
-    T = nb. Raises ValueError for an unknown name, rates outside of (0, 1], or N % S."""
+    """Mask every block of every sequence: x0 (B, N) int64 on the CPU -> `Noisy` with T = nb. Raises
+    ValueError for an unknown name, rates outside of (0, 1], and S that does not divide N."""
     B, nb = len(x0), count_blocks(x0.shape[1], block_size)
-    mask, weight, m = draw_masks(B, nb, block_size, generator, schedule, rates, weighting)
+    mask, weight, m = draw_masks(B, nb, block_size, generator, noise, rates, weighting)
     mask, weight = mask.flatten(1), weight.flatten(1).float()  # (B, N)
     return Noisy(x0.masked_fill(mask, mask_id), mask, weight, torch.arange(nb).expand(B, nb), m)
 
 
 def corrupt_target_block(
-    x0, block_size, mask_id, generator, schedule="uniform", rates=RATES, weighting="cascade"
+    x0, block_size, mask_id, generator, noise="uniform", rates=RATES, weighting="elbo"
 ):
     """One target block b per example, drawn uniformly: the form of CASCADE's Phase 1 note. Tokens
     of block b are masked at a rate m, at least one of them; blocks < b stay clean; blocks > b are
     masked completely. The loss is over the masked positions of block b alone.
 
-    x0 (B, N) int64 on the CPU -> `Noisy` with T = 1. Raises as corrupt_all_blocks.
-    """
+    x0 (B, N) int64 on the CPU -> `Noisy` with T = 1. Raises as corrupt_all_blocks."""
     B, nb, S = len(x0), count_blocks(x0.shape[1], block_size), block_size
-    b = torch.randint(nb, (B, 1), generator=generator)
-    mask, weight, m = draw_masks(B, 1, S, generator, schedule, rates, weighting, nonempty=True)
-    block = torch.arange(nb).repeat_interleave(S)  # (N,)
-    mask = (block == b) & mask[:, 0].repeat(1, nb)  # (B, N)
-    weight = mask * weight[:, 0].repeat(1, nb).float()
-    return Noisy(x0.masked_fill(mask | (block > b), mask_id), mask, weight, b, m)
+    target = torch.randint(nb, (B, 1), generator=generator)
+    mask, weight, m = draw_masks(B, 1, S, generator, noise, rates, weighting, nonempty=True)
+    block = torch.arange(nb).repeat_interleave(S)  # (N,), of each position
+    mask = (block == target) & mask[:, 0].repeat(1, nb)  # (B, N)
+    weight = torch.where(mask, weight[:, 0].repeat(1, nb), 0.0).float()
+    return Noisy(x0.masked_fill(mask | (block > target), mask_id), mask, weight, target, m)
 
 
-def count_blocks(seq_len, block_size):
-    """nb = N // S. Raises ValueError unless S divides N."""
+def count_blocks(seq_len, block_size):  # nb = N // S
     require(block_size > 0 and seq_len > 0 and seq_len % block_size == 0,
             f"seq_len {seq_len} is not a positive multiple of block_size {block_size}")
     return seq_len // block_size
 
 
-def require(condition, message):
-    """ValueError: a user's mistake, in one line."""
+def require(condition, message):  # a user's mistake ends in one line
     if not condition:
         raise ValueError(message)

@@ -15,7 +15,9 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +31,8 @@ from corrupt import corrupt_target_block as target_block
 from model import CascadeConfig, CascadeLM, attention, clean_sees, noisy_sees
 
 HERE = Path(__file__).resolve().parent
+for message in ("flex_attention called without torch.compile", "Mismatch dtype"):
+    warnings.filterwarnings("ignore", message=message)
 
 # ---- what the tests share ------------------------------------------------------------------------
 
@@ -45,17 +49,29 @@ def within(measured, allowed, what="max|diff|"):
 
 
 def diff(a, b):
-    """Largest absolute difference of two tensors of one shape, in float64."""
+    """Largest absolute difference of two tensors of one shape, in float64; a NaN fails."""
     assert a.shape == b.shape, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
-    return (a.detach().double() - b.detach().double()).abs().max().item()
+    found = (a.detach().double() - b.detach().double()).abs().max().item()
+    assert not math.isnan(found), "NaN"
+    return found
 
 
-def refuses(call, *words, **how):
-    """`call(**how)` must raise ValueError with one line that contains all of `words`."""
+class Worst(dict):
+    """The largest differences so far, by name."""
+
+    def note(self, name, a, b):
+        self[name] = max(self.get(name, 0.0), diff(a, b))
+
+    def __str__(self):
+        return ", ".join(f"{name} {x:.0e}" for name, x in self.items())
+
+
+def refuses(call, word, **how):
+    """`call(**how)` must raise ValueError with one line that contains `word`."""
     try:
         call(**how)
     except ValueError as e:
-        assert str(e) and "\n" not in str(e) and all(w in str(e) for w in words), (words, str(e))
+        assert "\n" not in str(e) and word in str(e), (word, str(e))
         return
     raise AssertionError(f"{how} was not refused")
 
@@ -81,8 +97,8 @@ def batch_for(net, batch=3):
     """(x0, xt, index): random tokens and the noise that a model of this shape trains on."""
     c = net.config
     x0 = torch.randint(c.vocab_size, (batch, c.seq_len), generator=generator(1))
-    schedule = "full" if c.local_window else "balanced"
-    noisy = all_blocks(x0, c.block_size, c.mask_id, generator(2), schedule)
+    noise = "full" if c.local_window else "balanced"
+    noisy = all_blocks(x0, c.block_size, c.mask_id, generator(2), noise)
     return x0, noisy.xt, noisy.mask.flatten().nonzero()[:, 0]
 
 
@@ -90,6 +106,7 @@ def batch_for(net, batch=3):
 # than n_embd / n_head; a local window shorter than a block, longer, and none
 SHAPES = (
     {"block_size": 3, "n_kv_head": 1, "local_window": 2},
+    {"block_size": 3, "n_layer": 1, "local_window": 0},
     {"block_size": 1, "tie_embeddings": True, "qk_norm": False, "local_window": 3},
     {"block_size": 15, "n_kv_head": 2, "qk_norm": False, "local_window": 0},
     {"block_size": 5, "n_kv_head": 2, "tie_embeddings": True, "local_window": 7, "head_dim": 12},
@@ -112,62 +129,49 @@ def test_reference_script():
 
 
 def test_masks():
-    """The dense masks and FlexAttention's rules against the definition, entry by entry; off by one
-    is caught at every boundary."""
-    entries = 0
-    for N, S in ((12, 3), (8, 1), (6, 6), (20, 4)):
+    """The dense masks and FlexAttention's against the definition, entry by entry, so that off by
+    one is caught at every boundary; FlexAttention's table of tiles where there are several."""
+    entries, cpu = 0, torch.device("cpu")
+    for N, S in ((12, 3), (8, 1), (6, 6), (20, 4), (512, 16)):
         rule = reference.two_stream_rule(N, S, causal=False)
-        for sees, first, keys in ((clean_sees, 0, N), (noisy_sees, N, 2 * N)):
-            dense = model.build_block_causal_mask(N, S, sees=sees)
-            grid = torch.meshgrid(torch.arange(N), torch.arange(keys), indexing="ij")
-            flex = model.build_flex_mask(N, S, torch.device("cpu"), sees).mask_mod(0, 0, *grid)
-            for i, j in itertools.product(range(N), range(keys)):
-                assert bool(dense[i, j]) == bool(flex[i, j]) == rule(first + i, j), (N, S, i, j)
+        for sees, first, streams in ((clean_sees, 0, 1), (noisy_sees, N, 2)):
+            dense = model.build_block_causal_mask(N, S, "cpu", sees, streams)
+            flex = model.build_flex_mask(N, S, cpu, sees, streams)
+            if N > 128:
+                tiles = dense.view(N // 128, 128, -1, 128).any(dim=3).any(dim=1)
+                assert torch.equal(flex.to_dense()[0, 0].bool(), tiles)
+                continue
+            grid = torch.meshgrid(torch.arange(N), torch.arange(streams * N), indexing="ij")
+            by_flex = flex.mask_mod(0, 0, *grid)
+            for i, j in itertools.product(range(N), range(streams * N)):
+                assert bool(dense[i, j]) == bool(by_flex[i, j]) == rule(first + i, j), (N, S, i, j)
             entries += dense.numel()
-        assert model.build_block_causal_mask(N, S).sum() == N * (N + S) // 2
     return f"{entries} entries as defined"
 
 
+@torch.no_grad()
 def test_attention_equals_oracle():
-    """One head, no rotary embedding: each kind of mask against the float64 loop, by the dense path
-    with its gradients and by FlexAttention; half precision on the same rounded numbers."""
-    worst = dict.fromkeys(("float32", "flex", "grad", "float16", "bfloat16"), 0.0)
-
-    def note(name, a, b):
-        worst[name] = max(worst[name], diff(a, b))
-
-    for N, S in ((24, 4), (15, 3), (8, 1), (6, 6)):
-        both = reference.two_stream_rule(N, S, causal=False)
-        for sees, keys, rule in (
-            (None, N, reference.causal_rule), (clean_sees, N, reference.block_causal_rule(S)),
-            (noisy_sees, 2 * N, lambda i, j, N=N, both=both: both(N + i, j)),
-        ):
-
-            def oracle(q, k, v, rule=rule):
-                y = reference.reference_attention(q[0, :, 0], k[0, :, 0], v[0, :, 0], rule)
-                return y[None, :, None]
-
-            q = torch.randn(1, N, 1, 8, generator=generator(1))
-            k, v = torch.randn(2, 1, keys, 1, 8, generator=generator(2)).unbind()
-            mask = None if sees is None else model.build_block_causal_mask(N, S, sees=sees)
-            ins = [x.clone().requires_grad_() for x in (q, k, v)]
-            exact = [x.double().requires_grad_() for x in (q, k, v)]
-            y, truth = attention(*ins, mask), oracle(*exact)
-            note("float32", y, truth)
-            weight = torch.randn(y.shape, generator=generator(3))
-            got = torch.autograd.grad((y * weight).sum(), ins)
-            for a, b in zip(got, torch.autograd.grad((truth * weight).sum(), exact), strict=True):
-                note("grad", a, b)
-            if sees is not None:
-                note("flex", attention(q, k, v, model.build_flex_mask(N, S, q.device, sees)), truth)
-            for dtype in ("float16", "bfloat16"):
-                half = [(0.3 * x).to(getattr(torch, dtype)) for x in (q, k, v)]
-                note(dtype, attention(*half, mask), oracle(*half))
-    assert worst["flex"] <= 1e-6 and worst["grad"] <= 5e-6, worst
-    assert worst["float16"] <= 1e-3 and worst["bfloat16"] <= 1e-2, worst
-    float32 = worst.pop("float32")
-    said = ", ".join(f"{name} {x:.0e}" for name, x in worst.items())
-    return within(float32, 1e-6, f"{said}; float32 max|diff|")
+    """One head, no rotary embedding: causal, block-causal and noisy attention against the float64
+    loop, dense and by FlexAttention; half precision on the same rounded numbers."""
+    worst = Worst()
+    for (N, S), (sees, causal, streams) in itertools.product(
+        ((24, 4), (15, 3), (8, 1), (6, 6)),
+        ((None, True, 1), (clean_sees, False, 1), (noisy_sees, False, 2)),
+    ):
+        both, first = reference.two_stream_rule(N, S, causal), (streams - 1) * N
+        q = torch.randn(1, N, 1, 8, generator=generator(1))
+        k, v = torch.randn(2, 1, streams * N, 1, 8, generator=generator(2)).unbind()
+        mask = sees and model.build_block_causal_mask(N, S, "cpu", sees, streams)
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            ins = [x.to(dtype) for x in (q, k, v)]
+            truth = reference.reference_attention(
+                *(x[0, :, 0] for x in ins), lambda i, j, f=first, r=both: r(f + i, j))
+            worst.note(str(dtype)[6:], attention(*ins, mask, causal)[0, :, 0], truth)
+            if dtype == torch.float32 and not causal:
+                flex = attention(*ins, model.build_flex_mask(N, S, q.device, sees, streams))
+                worst.note("flex", flex[0, :, 0], truth)
+    assert worst["flex"] <= 1e-6 and worst["float16"] <= 1e-3 and worst["bfloat16"] <= 1e-2, worst
+    return within(worst.pop("float32"), 1e-6, f"{worst}; float32 max|diff|")
 
 
 @torch.no_grad()
@@ -179,10 +183,9 @@ def test_no_leak():
         net = tiny_model(context=context, local_window=0)
         x0, xt, _ = batch_for(net)
         clean, noisy = net.streams(x0, xt).chunk(2)
-        for b, lo, hi in ((b, 3 * b, 3 * b + 3) for b in range(5)):
-            text, noise = x0.clone(), xt.clone()
-            for tokens in (text, noise):
-                tokens[:, lo:hi] = (tokens[:, lo:hi] + 1) % 11
+        for b in range(5):
+            lo, hi, here = 3 * b, 3 * b + 3, torch.arange(15) // 3 == b
+            text, noise = (torch.where(here, (x + 1) % 11, x) for x in (x0, xt))
             moved_clean, moved_noisy = net.streams(text, xt).chunk(2)
             assert (moved_clean[:, :lo] == clean[:, :lo]).all(), f"block {b} leaks backwards"
             assert (moved_clean[:, lo:hi] != clean[:, lo:hi]).any(), "the check could not fail"
@@ -204,44 +207,44 @@ def test_no_leak():
 
 def test_model_equals_oracle():
     """Logits, every NLL and every gradient, both contexts: heads, rotary embedding, groups, ties,
-    q/k norm, local windows, soft targets, which are not differentiated. FlexAttention's forward."""
-    worst = dict.fromkeys(("logits", "NLLs", "grad", "flex"), 0.0)
-
-    def note(name, a, b):
-        worst[name] = max(worst[name], diff(a, b))
-
+    q/k norm, local windows, soft targets, which are not differentiated. Logits by FlexAttention, in
+    float64, and of one sequence shorter than the context."""
+    worst = Worst()
     for shape, context in itertools.product(SHAPES, CONTEXTS):
         net = tiny_model(**shape, context=context)
         x0, xt, index = batch_for(net)
         state = {k: v.detach().clone().requires_grad_() for k, v in net.state_dict().items()}
         logits = reference.reference_logits(state, net.config, x0)
-        note("logits", net.logits_of(x0), logits)
-        teacher, p = (net, logits[:, :-1].softmax(-1)) if context == "causal" else (None, None)
+        worst.note("logits", net.logits_of(x0), logits)
+        causal = context == "causal"
+        p = logits[:, :-1].softmax(-1) if causal else None
         slow = reference.reference_nlls(state, net.config, x0, xt, p)
         slow |= {k: v.flatten()[index] for k, v in slow.items() if k.startswith("masked")}
         slow.pop("gpt_soft", None)  # a model's own p teaches its drafts alone
-        fast = net(x0, xt, index, teacher)._asdict()
+        fast = net(x0, xt, index, own_p=causal)._asdict()
         assert {k for k, v in fast.items() if v is not None} == slow.keys(), (shape, fast)
         for name in slow:
-            note("NLLs", fast[name], slow[name])
+            worst.note("NLLs", fast[name], slow[name])
         for found in (fast, slow):
             sum((found[name] * torch.rand(x.shape, generator=generator(3))).mean()
                 for name, x in slow.items()).backward()
         for name, p in net.named_parameters():
-            note("grad", p.grad, state[name].grad)
-        net.attention = "flex"
+            worst.note("grad", p.grad, state[name].grad)
         with torch.no_grad():
-            note("flex", net.logits_of(x0), logits)
-            note("flex", net(x0, xt, index).masked, slow["masked"])
-    assert worst["logits"] < 5e-6 and worst["flex"] < 5e-6 and worst["grad"] < 1e-5, worst
-    nlls = worst.pop("NLLs")
-    said = ", ".join(f"{name} {x:.0e}" for name, x in worst.items())
-    return within(nlls, 5e-6, f"{said}; NLLs max|diff|")
+            upto = 2 * net.config.block_size
+            worst.note("shorter", net.logits_of(x0[:1, :upto]), logits[:1, :upto])
+            net.path = "flex"
+            worst.note("flex", net.logits_of(x0), logits)
+            worst.note("flex", net(x0, xt, index).masked, slow["masked"])
+            worst.note("float64", net.double().logits_of(x0), logits)
+    assert worst.pop("grad") < 1e-5, worst
+    assert max(worst.values()) < 5e-6, worst
+    return within(worst.pop("NLLs"), 5e-6, f"{worst}; NLLs max|diff|")
 
 
 def test_other_teacher():
-    """Soft targets of another model: both levels' cross-entropies against its p, and their
-    gradients, of AR too. The teacher gets none, and the NLLs of the text stay as they are."""
+    """Soft targets of another model: both levels' cross-entropies against its p, with gradients,
+    of which the teacher gets none. AR has the first, and the NLLs of the text stay as they are."""
     net, teacher = tiny_model(), tiny_model(9, n_embd=16, block_size=5, local_window=0)
     x0, xt, index = batch_for(net)
     state = {k: v.detach().clone().requires_grad_() for k, v in net.state_dict().items()}
@@ -257,7 +260,6 @@ def test_other_teacher():
     (slow["gpt_soft"].mean() + soft.mean()).backward()
     grad = max(diff(p.grad, state[name].grad) for name, p in net.named_parameters())
     assert grad < 1e-5 and all(p.grad is None for p in teacher.parameters())
-    refuses(net, "causal", x0=x0, teacher=tiny_model(context="block"))
     return within(worst, 5e-6, f"grad {grad:.0e}; max|diff|")
 
 
@@ -304,159 +306,157 @@ def test_streams_equal_blocks():
 
 @torch.no_grad()
 def test_bfloat16():
-    """NLLs under bf16 autocast against float32. Whatever the autocast, they are float32."""
+    """NLLs under bf16 autocast, and of bf16 weights, against float32. Their type is float32."""
     worst = 0.0
     for context in CONTEXTS:
-        net = tiny_model(context=context, std=0.1, n_embd=64)
-        x0, xt, index = batch_for(net)
-        teacher = net if context == "causal" else None
-        with torch.autocast("cpu", torch.bfloat16):
-            half = [x for x in net(x0, xt, index, teacher) if x is not None] + [net.logits_of(x0)]
-        full = [x for x in net(x0, xt, index, teacher) if x is not None] + [net.logits_of(x0)]
-        assert all(x.dtype == torch.float32 for x in half)
-        worst = max(worst, *map(diff, half, full))
+        net, found = tiny_model(context=context, std=0.1, n_embd=64), []
+        how = *batch_for(net), None, context == "causal"
+        for dtype, half in ((torch.float32, False), (torch.float32, True), (torch.bfloat16, False)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                nlls = net.to(dtype)(*how)
+                found.append([x for x in (*nlls, net.logits_of(how[0])) if x is not None])
+            assert all(x.dtype == torch.float32 for x in found[-1])
+            worst = max(worst, *map(diff, found[-1], found[0]))
     return within(worst, 1e-2)
 
 
 def test_head_in_pieces():
     """The head's losses a few positions at a time: values and gradients as if all at once."""
-    g, worst = generator(), 0.0
-    h, head = torch.randn(5, 10, 16, generator=g), torch.randn(40, 16, generator=g)
-    targets, weight = torch.randint(40, (5, 10), generator=g), torch.rand(5, 10, generator=g)
-    other = torch.randn(5, 10, 24, generator=g), torch.randn(40, 24, generator=g)
-    for p in ((None, None), other):
+    worst, draw = 0.0, partial(torch.randn, generator=generator())
+    h, head, weight = draw(5, 10, 16) / 4, draw(40, 16), draw(5, 10)
+    targets = torch.randint(40, (5, 10), generator=generator(1))
+    for p in ((None, None), (draw(5, 10, 24) / 4, draw(40, 24))):
         found = []
         for most in (2**25, 40 * 50 - 1, 40 * 7, 1):  # all at once; 49 rows and 1; 7 a time; 1
             ins = [h.clone().requires_grad_(), head.clone().requires_grad_()]
             nlls = [x for x in model.head_nll(*ins, targets, *p, most) if x is not None]
-            grads = torch.autograd.grad(sum((x * weight).sum() for x in nlls), ins)
-            found.append([*nlls, *grads])
+            found.append([*nlls, *torch.autograd.grad(sum((x * weight).mean() for x in nlls), ins)])
         for got in found[1:]:
             worst = max(worst, *map(diff, got, found[0]))
-        assert diff(found[0][0], F.cross_entropy((h @ head.T).mT, targets, reduction="none")) < 1e-5
-    return within(worst, 1e-5)
+        want = F.cross_entropy((h @ head.T).mT, targets, reduction="none")
+        worst = max(worst, diff(found[0][0], want))
+    return within(worst, 3e-6)
 
 
 def test_initialisation():
-    """The untrained model predicts the uniform distribution over V real tokens, whatever the width,
-    and the local head changes nothing yet. [MASK] has no row in the head."""
-    for tie in (False, True):
+    """The untrained model with a head of its own predicts the uniform distribution over V real
+    tokens, whatever the width, and the local head changes nothing yet. [MASK] has no row there."""
+    worst, stds = 0.0, {"embed_tokens": 0.02, "embed": 1, "o_proj": 0, "down_proj": 0, "lm_head": 0}
+    for shape in ({"n_embd": 96, "n_head": 4}, {"n_embd": 384}, {"tie_embeddings": True}):
         torch.manual_seed(0)
-        net = CascadeLM(CascadeConfig(tie_embeddings=tie, n_embd=96, n_head=4))
-        x0, xt, index = batch_for(net)
-        assert net.logits_of(x0).shape == (3, 256, 65)
-        means = [nll.mean().item() for nll in net(x0, xt, index, net) if nll is not None]
-        assert all(abs(mean - math.log(65)) < 0.1 for mean in means), means
-        known = {"embed_tokens": 0.02, "embed": 1, "o_proj": 0, "down_proj": 0, "lm_head": 0}
+        net = CascadeLM(CascadeConfig(n_layer=1, **shape))
+        x0, xt, index = batch_for(net, batch=1)
+        assert net.logits_of(x0).shape == (1, 256, 65)
+        if "tie_embeddings" not in shape:
+            found = net(x0, xt, index, own_p=True)
+            means = torch.stack([x.mean() for x in found if x is not None])
+            worst = max(worst, diff(means, torch.full((3,), math.log(65))))
         for name, p in net.named_parameters():
-            want = known.get(name.split(".")[-2], 0.5 * p.shape[-1] ** -0.5)
-            if p.ndim == 2:
-                assert abs(p.std().item() - want) < 0.06 * want + 1e-9, (name, p.std(), want)
-            else:
-                assert (p == 1).all(), name
-    return f"first NLLs {means[0]:.3f}, log V = {math.log(65):.3f}"
+            want = stds.get(name.split(".")[-2], 0.5 * p.shape[-1] ** -0.5)
+            right = abs(p.std() - want) < 0.06 * want + 1e-9 if p.ndim == 2 else (p == 1).all()
+            assert right, (name, p.std(), want)
+    return within(worst, 1e-5, "first NLLs, |mean - log V|")
 
 
 def test_compiles_whole():
-    """Traced for torch.compile, what trains is one graph; both contexts."""
+    """Traced for torch.compile, what trains by dense masks is one graph; both contexts."""
     for context in CONTEXTS:
         torch._dynamo.reset()
         net = tiny_model(context=context)
-        how = *batch_for(net), net if context == "causal" else None
+        how = *batch_for(net), None, context == "causal"
         whole = torch.compile(net, fullgraph=True, backend="eager")
-        assert diff(whole(*how).masked, net(*how).masked) == 0
+        for a, b in zip(whole(*how), net(*how), strict=True):
+            assert (a is None and b is None) or diff(a, b) == 0
     return "one graph"
 
 
 def test_refusals():
-    """Shapes, noise and combinations that cannot work end in one line; the others are taken."""
-    shapes = (
-        ({"seq_len": 15}, "multiple"), ({"block_size": 0}, "multiple"), ({"n_layer": 0}, "n_layer"),
-        ({"n_embd": 100}, "divisible"), ({"n_kv_head": 4}, "divisible"), ({"head_dim": 5}, "odd"),
-        ({"context": "both"}, "context"), ({"context": "block"}, "local_window"),
-        ({"local_window": -1}, "local_window"), ({"n_kv_head": -6}, "n_kv_head"),
-    )
-    for shape, word in shapes:
-        refuses(CascadeConfig, word, **shape)
-    refuses(CascadeLM, "attention", config=CascadeConfig(), attention="dense")
-    noises = (
-        ({"block_size": 3}, "multiple"), ({"block_size": 0}, "multiple"),
-        ({"schedule": "white"}, "balanced"), ({"weighting": "mean"}, "elbo"),
-        ({"rates": Rates(m_min=0.0)}, "rates"), ({"rates": Rates(m_min=1.5)}, "rates"),
-        ({"rates": Rates(clip_low=0.9)}, "rates"), ({"rates": Rates(clip_high=1.2)}, "rates"),
-    )
-    how = {"x0": torch.zeros(2, 8).long(), "mask_id": 9, "generator": generator(), "block_size": 4}
-    for corruption, (wrong, word) in itertools.product((all_blocks, target_block), noises):
-        refuses(corruption, word, **how | wrong)
+    """Shapes, inputs, noise and combinations that cannot work end in one line."""
+    net, block, x = tiny_model(), tiny_model(context="block"), torch.zeros(1, 18).long()
     cascade, plain = CascadeConfig(), CascadeConfig(local_window=0)
-    block, ar = CascadeConfig(context="block", local_window=0), {"noise": "full", "draft_weight": 0}
-    full, target = {"noise": "full"}, {"noise": "uniform", "corruption": "target"}
+    ar, full, target = {"noise": "full", "draft_weight": 0}, {"noise": "full"}, {
+        "noise": "uniform", "corruption": "target"}
+    soft, taught = {"soft": 0.5}, {"soft": 0.5, "teacher": True}
+    noise = {"x0": x[:, :16], "block_size": 4, "mask_id": 9, "generator": generator()}
+    calls = [(CascadeConfig, {name: wrong}, word) for name, wrong, word in (
+        ("seq_len", 15, "multiple"), ("block_size", 0, "multiple"), ("n_layer", 0, "n_layer"),
+        ("n_embd", 100, "divisible"), ("n_kv_head", 4, "no multiple"), ("head_dim", 5, "odd"),
+        ("context", "both", "context"), ("context", "block", "local_window"),
+        ("local_window", -1, "local_window"), ("n_kv_head", -6, "n_kv_head"),
+    )] + [(corruption, noise | {name: wrong}, word) for name, wrong, word in (
+        ("block_size", 3, "multiple"), ("noise", "white", "balanced"), ("weighting", "no", "elbo"),
+        ("rates", Rates(m_min=0), "rates"), ("rates", Rates(clip_low=0.9), "rates"),
+    ) for corruption in (all_blocks, target_block)] + [
+        (CascadeLM, {"config": cascade, "path": "dense"}, "attention"), (net, {"x0": x}, "exceed"),
+        (net, {"x0": x[:, :3], "teacher": block}, "causal"), (block, {"x0": x[:, :3]}, "xt"),
+        (net, {"x0": x[:, :4], "xt": x[:, :4], "index": x[0]}, "whole blocks"),
+        (net, {"x0": x[:, :3], "xt": x[:, :3], "index": x[0, :3] == 0}, "int64"),
+        (net, {"x0": x[:, :3], "xt": x[:, :3]}, "index"),
+        (masked_diffusion_loss, {"nll": x[0], "weight": x, "num_blocks": 1}, "weights"),
+    ] + [(config.check_training, wrong, word) for config, wrong, word in (
+        (cascade, {"noise": "balanced"}, "noise=full"), (cascade, full | {"teacher": True}, "soft"),
+        (cascade, ar, "local_window=0"), (plain, full | soft, "local head"),
+        (plain, ar | soft, "teacher"), (plain, target, "context=block"),
+        (block.config, full | soft, "local head"), (block.config, ar, "context=causal"),
+    )]
+    for call, how, word in calls:
+        refuses(call, word, **how)
     for config, taken in (
-        (cascade, full | {"soft": 0.5}), (cascade, full | {"soft": 0.5, "teacher": True}),
-        (plain, {"noise": "clipped"}), (plain, ar), (plain, ar | {"soft": 0.5, "teacher": True}),
-        (block, {"noise": "balanced"}), (block, target),
+        (cascade, full | soft), (cascade, full | taught), (plain, {"noise": "clipped"}),
+        (plain, ar), (plain, ar | taught), (block.config, full), (block.config, target),
     ):
         config.check_training(**taken)
-    combinations = (
-        (cascade, {"noise": "balanced"}, "noise=full"), (cascade, full | {"teacher": True}, "soft"),
-        (cascade, ar, "local_window=0"), (plain, full | {"soft": 0.5}, "local head"),
-        (plain, ar | {"soft": 0.5}, "teacher"), (plain, target, "context=block"),
-        (block, full | {"soft": 0.5}, "local head"), (block, ar, "context=causal"),
-    )
-    for config, wrong, word in combinations:
-        refuses(config.check_training, word, **wrong)
-    return f"{len(shapes)} shapes, {2 * len(noises)} noises, {len(combinations)} combinations"
+    return f"{len(calls)} wrong calls"
 
 
-# ---- the noise -----------------------------------------------------------------------------------
+# ---- the noise, the bound, and learning ----------------------------------------------------------
 
 
 def test_noise_counts():
     """`balanced`: every k equally often in each group of sequences, nearly so among those left
-    over, and uniform at every block's place. `uniform`: so are its rates."""
+    over. Strata tie no rate to a block's place: each by itself is uniform."""
 
-    def counts(batch, nb, S, seed):
-        x0 = torch.zeros(batch, nb * S, dtype=torch.long)
-        return all_blocks(x0, S, 9, generator(seed)).mask.view(batch, nb, S).sum(dim=-1)
+    def draw(batch, nb, S, seed, noise="balanced"):
+        return all_blocks(torch.zeros(batch, nb * S).long(), S, 9, generator(seed), noise)
 
     for B, nb, S in ((6, 4, 4), (8, 2, 16), (12, 3, 9), (10, 6, 4)):
-        k, group = counts(B, nb, S, B), S // math.gcd(S, nb)
+        k, group = draw(B, nb, S, B).mask.view(B, nb, S).sum(dim=-1), S // math.gcd(S, nb)
         for rows in k[: B // group * group].split(group):
             often = torch.bincount(rows.flatten(), minlength=S + 1)
             assert often[0] == 0 and (often[1:] == often[1]).all(), (B, nb, S, often)
     for seed in range(50):  # 3 sequences left of a group of 4: 9 strata, of which each k fills 2.25
-        often = torch.bincount(counts(3, 3, 4, seed).flatten(), minlength=5)[1:]
-        assert often.min() >= 1 and often.max() <= 4, often
-    draws = torch.stack([counts(5, 3, 4, seed) for seed in range(3000)])  # (3000, 5, 3)
-    share = torch.stack([(draws == k).double().mean(dim=0) for k in (1, 2, 3, 4)])
-    worst = (share - 0.25).abs().max().item() / math.sqrt(0.25 * 0.75 / 3000)
-    x0 = torch.zeros(4, 12, dtype=torch.long)
-    rates = torch.stack([all_blocks(x0, 2, 9, generator(seed), "uniform").m
-                         for seed in range(3000)])  # (3000, 4, 6)
-    assert (rates.var(dim=0) * 12 - 1).abs().max() < 0.1
-    assert rates.mean(dim=(1, 2)).std() < 0.2 * math.sqrt(1 / 12 / 24), "not stratified"
-    worst = max(worst, (rates.mean(dim=0) - 0.5005).abs().max().item() / math.sqrt(1 / 12 / 3000))
-    return within(worst, 4.5, "share of k and mean rate by place, std errors off")
+        often = torch.bincount(draw(3, 3, 4, seed).mask.view(9, 4).sum(dim=-1), minlength=5)[1:]
+        assert 1 <= often.min() and often.max() <= 4, often
+    m = torch.stack([draw(5, 3, 4, seed, "uniform").m for seed in range(4000)])  # (4000, 5, 3)
+    assert m.mean(dim=(1, 2)).std() < 0.25 * math.sqrt(1 / 12 / 15), "not stratified"
+    assert (m.var(dim=0) * 12 - 1).abs().max() < 0.1
+    worst = (m.mean(dim=0) - 0.5005).abs().max().item() / math.sqrt(1 / 12 / 4000)
+    return within(worst, 4.5, "mean rate by place, std errors off")
 
 
 def test_noise_masks():
     """Exact counts mask k tokens anywhere, rates mask at rate m; the weights of the table, and the
     Phase 1 note's: (1/m) * mean over the masked."""
     x0, S = torch.randint(9, (600, 16), generator=generator(1)), 4
-    for schedule, weighting in itertools.product(SCHEDULES, WEIGHTINGS):
+    for noise, weighting in itertools.product(SCHEDULES, WEIGHTINGS):
         rates = Rates(clip_low=0.4, clip_high=0.6)
-        n = all_blocks(x0, S, 9, generator(2), schedule, rates, weighting)
+        n = all_blocks(x0, S, 9, generator(2), noise, rates, weighting)
         assert torch.equal(n.xt, x0.masked_fill(n.mask, 9))
+        again = all_blocks(x0, S, 9, generator(2), noise, rates, weighting)
+        assert all(map(torch.equal, n, again)), "not a pure function of its generator"
         inside = n.mask.view(600, 4, S)
         k, place = inside.sum(dim=-1), inside.flatten(0, 1).double().mean(dim=0)
         assert (place - place.mean()).abs().max() < 0.04, place
-        if schedule in ("balanced", "full"):
-            assert (k == (n.m * S).round()).all() and (schedule == "balanced" or (k == S).all())
+        if noise in ("balanced", "full"):
+            assert (k == (n.m * S).round()).all()
             each = 1 / k
         else:
-            assert schedule != "clipped" or (0.4 <= n.m.min() and n.m.max() <= 0.6)
             assert abs((k / S - n.m).mean().item()) < 0.03
             each = 1 / (n.m * S)
+        if noise == "full":
+            assert (k == S).all()
+        if noise == "clipped":
+            assert 0.4 <= n.m.min() and n.m.max() <= 0.6
         if weighting == "cascade":
             each = 1 / (n.m * k.clamp(min=1))
         assert diff(n.weight.view(600, 4, S), each.unsqueeze(-1) * inside) < 1e-5 * each.max()
@@ -468,49 +468,44 @@ def test_noise_target_block():
     else, everything after b masked, b uniform; masks as if drawn until one is not empty."""
     B, N, S = 4000, 24, 4
     x0, at = torch.randint(50, (B, N), generator=generator(3)), torch.arange(N) // S
-    for schedule in SCHEDULES:
-        n = target_block(x0, S, 50, generator(4), schedule)
+    for noise in SCHEDULES:
+        n = target_block(x0, S, 50, generator(4), noise)
         assert torch.equal(n.xt, x0.masked_fill(n.mask | (at > n.block), 50))
         assert not (n.mask & (at != n.block)).any() and n.mask.any(dim=1).all()
         assert ((n.weight > 0) == n.mask).all() and n.m.shape == n.block.shape == (B, 1)
         share = torch.bincount(n.block[:, 0], minlength=N // S) / B
         assert (share - S / N).abs().max() < 0.03, share
-        assert schedule != "full" or torch.equal(n.mask, at == n.block)
+        if noise == "full":
+            assert torch.equal(n.mask, at == n.block)
     m, rates = 0.1, Rates(clip_low=0.1, clip_high=0.1)
-    n = target_block(x0, S, 50, generator(5), "clipped", rates, "elbo")
+    n = target_block(x0, S, 50, generator(5), "clipped", rates)
     inside, some = n.mask[at == n.block].view(B, S), 1 - (1 - m) ** S
     assert diff(n.weight.max(dim=1).values, torch.full((B,), some / (m * S))) < 1e-6
     found = [(inside[:, i], m / some) for i in range(S)]  # each place, each count
     for k in range(1, S + 1):
         found.append((inside.sum(dim=1) == k, math.comb(S, k) * m**k * (1 - m) ** (S - k) / some))
-    worst = max(abs(rows.double().mean().item() - p) / math.sqrt(p * (1 - p) / B)
-                for rows, p in found)
+    worst = max(abs(x.double().mean().item() - p) / math.sqrt(p * (1 - p) / B) for x, p in found)
     return within(worst, 4, "places and counts of a mask that is not empty, std errors off")
 
 
 def test_noise_weighting_cascade():
     """weighting="cascade" is not the bound: its expectation grows like log(1 / m_min), that of
     "elbo" does not."""
-    B, S, found, off = 100_000, 16, {}, 0.0
+    B, S, off, growth = 100_000, 16, 0.0, []
     x0 = torch.zeros(B, S, dtype=torch.long)
-    for m_min, weighting in itertools.product((1e-1, 1e-2, 1e-3), WEIGHTINGS):
-        n = target_block(x0, S, 3, generator(1), "uniform", Rates(m_min), weighting)
-        loss = masked_diffusion_loss(torch.ones(B, S), n.weight, B).item()
-        want = math.log(1 / m_min) / (1 - m_min) if weighting == "cascade" else 1
-        found[weighting, m_min], off = loss, max(off, abs(loss / want - 1))
-    growth = ", ".join(f"{found['cascade', m]:.2f}" for m in (1e-1, 1e-2, 1e-3))
-    return within(off, 0.05, f"times the loss {growth} at m_min 0.1, 0.01, 0.001, elbo 1.00; off")
-
-
-# ---- the bound -----------------------------------------------------------------------------------
+    for m_min in (1e-1, 1e-2, 1e-3):
+        for weighting, want in (("elbo", 1), ("cascade", math.log(1 / m_min) / (1 - m_min))):
+            n = target_block(x0, S, 3, generator(1), "uniform", Rates(m_min), weighting)
+            loss = masked_diffusion_loss(torch.ones(B, S), n.weight, B).item()
+            off = max(off, abs(loss / want - 1))
+        growth.append(f"{loss:.2f}")
+    return within(off, 0.05, f"{', '.join(growth)} times the loss at m_min 0.1, 0.01, 0.001; off")
 
 
 def exact_bound(net, x0):
-    """(count form, rate form) in nats per token of x0 (B, N), by enumeration of all mask sets.
-
-    Both weigh the summed NLL of a mask set of size k in one block. Counts: P(k) P(M | k) S/k =
-    1/S / C(S,k) * S/k. Rates: the integral over m of m^(k-1) (1-m)^(S-k) = (k-1)! (S-k)! / S!.
-    """
+    """(count form, rate form) in nats per token of x0 (B, N), over all mask sets. They weigh the
+    summed NLL of a set of k in a block by P(k) P(M | k) S/k = 1/S / C(S,k) * S/k, and by the
+    integral over m of m^(k-1) (1-m)^(S-k), which is (k-1)! (S-k)! / S!."""
     S, nb, counts, rates = net.config.block_size, x0.shape[1] // net.config.block_size, 0.0, 0.0
     for bits in itertools.product((False, True), repeat=S):
         k, mask = sum(bits), torch.tensor(bits).repeat(nb).expand_as(x0)
@@ -525,7 +520,8 @@ def exact_bound(net, x0):
 @torch.no_grad()
 def test_bound():
     """By enumeration on a tiny model: masks by count and by rate have the same expected loss, and
-    `balanced` and `uniform` noise estimate it, in all blocks or in one, for both contexts."""
+    `balanced` and `uniform` noise estimate it, in all blocks or in one, for both contexts.
+    `clipped` noise has another."""
     worst = 0.0
     for context in CONTEXTS:
         net = tiny_model(vocab_size=5, n_embd=16, n_head=2, std=0.5, seq_len=12, block_size=4,
@@ -534,55 +530,56 @@ def test_bound():
         counts, rates = exact_bound(net, x0)
         assert abs(counts - rates) < 1e-6, (counts, rates)
         x0 = x0.repeat(500, 1)
-        for schedule, corruption in itertools.product(
-            ("balanced", "uniform"), (all_blocks, target_block)
+        for noise, corruption in (
+            *itertools.product(("balanced", "uniform"), (all_blocks, target_block)),
+            ("clipped", all_blocks),
         ):
             losses = []
             for seed in range(10):
-                n = corruption(x0, 4, 5, generator(seed), schedule, Rates(m_min=1e-6), "elbo")
+                n = corruption(x0, 4, 5, generator(seed), noise, Rates(1e-6, 0.9, 1.0))
                 index = n.mask.flatten().nonzero()[:, 0]
                 nll, weight = net(x0, n.xt, index).masked, n.weight.flatten()[index]
                 losses.append(masked_diffusion_loss(nll, weight, n.block.numel()))
             losses = torch.stack(losses).double()
             error = losses.std().item() / math.sqrt(len(losses))
-            assert error < 0.02, (schedule, corruption, error)
-            worst = max(worst, abs(losses.mean().item() - counts) / error)
+            off = abs(losses.mean().item() - counts) / error
+            assert error < 0.02, (noise, corruption, error)
+            if noise == "clipped":
+                assert off > 10, f"{noise} noise is {off:.1f} standard errors off"
+            else:
+                worst = max(worst, off)
     return within(worst, 5, f"exact {counts:.4f} nats/token in both forms; std errors off")
 
 
-# ---- it learns -----------------------------------------------------------------------------------
-
-
-def memorise(corruption, schedule, weighting, rates, betas, **shape):
+def memorise(corruption, noise, weighting, peaks, betas, **shape):
     """(before, after) 200 steps on one batch of (4, 64) random tokens out of 128, S = 8: the NLL of
-    masked tokens in nats, a mean over 50 draws of the training noise. rates: the peaks of the
-    layers' matrices and of all else."""
+    masked tokens, a mean over 50 draws of the noise. peaks: learning rates, of matrices, of the
+    rest. Mask rates are at least 0.9: lower ones give one token a weight above all others."""
     torch.manual_seed(0)
     shape = {"vocab_size": 128, "seq_len": 64, "block_size": 8, "n_head": 4, "n_embd": 128, **shape}
     net, x0 = CascadeLM(CascadeConfig(**shape)), torch.randint(128, (4, 64), generator=generator())
-    groups = [{"params": [], "lr": lr} for lr in rates]
+    groups = [{"params": []}, {"params": []}]
     for name, p in net.named_parameters():
         groups[0 if "_proj" in name else 1]["params"].append(p)
     optimizer = torch.optim.AdamW(groups, betas=betas, weight_decay=0.0)
-    rise_and_fall = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / 10) * (1 - step / 200))
 
-    def losses(draw):
-        n = corruption(x0, 8, 128, generator(draw), schedule, Rates(m_min=0.9), weighting)
+    def losses(seed):
+        n = corruption(x0, 8, 128, generator(seed), noise, Rates(m_min=0.9), weighting)
         index = n.mask.flatten().nonzero()[:, 0]
-        nll = net(x0, n.xt, index, net if net.local is not None else None)
+        nll = net(x0, n.xt, index)
         loss = masked_diffusion_loss(nll.masked, n.weight.flatten()[index], n.block.numel())
         return loss if nll.gpt is None else loss + nll.gpt.mean(), nll.masked.mean()
 
     def measured():
         with torch.no_grad():
-            return sum(losses(1000 + draw)[1].item() for draw in range(50)) / 50
+            return sum(losses(1000 + i)[1].item() for i in range(50)) / 50
 
     before = measured()
     for step in range(200):
         losses(step)[0].backward()
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * min(1.0, (step + 1) / 10) * (1 - step / 200)
         optimizer.step()
-        rise_and_fall.step()
         optimizer.zero_grad()
     return before, measured()
 
@@ -622,7 +619,7 @@ def run(name):
 
 
 def main(words):
-    """Run the tests whose name holds one of `words`, all without any; 0 if none failed."""
+    """Run the tests whose name holds one of `words`, or all; 0 if none failed."""
     names = [name for name in globals() if name.startswith("test_")]
     names = [name for name in names if not words or any(w in name[5:] for w in words)]
     if not names:
