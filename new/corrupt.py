@@ -6,8 +6,8 @@ earlier blocks. With k uniform on 1..S, and k masked positions of the block draw
 
     -log p(block | earlier blocks)  <=  E[ S/k * sum_{i masked} -log p(x_i | what is visible) ]
 
-This is the bound. Divided by S, per token, it is the mean NLL of the masked, averaged over k. Masks
-at a rate m ~ U(0, 1], with 1/m in place of S/k, give the same number (test_all.py enumerates both).
+This is the bound. Per token, divided by S as the weights below are, it is the mean NLL of masked
+tokens, averaged over k. Masks at a rate m ~ U(0, 1], with 1/m for S/k, give the same number.
 
     noise      draws                                             weight of each masked token
     balanced   every k in 1..S equally often, exactly k masked   1 / k
@@ -16,8 +16,8 @@ at a rate m ~ U(0, 1], with 1/m in place of S/k, give the same number (test_all.
     full       k = S: every block is masked completely           1 / S
 
 `uniform` is the noise of MDLM and LLaDA, `clipped` that of BD3-LM (arXiv 2503.09573); `full` trains
-drafts. All is a pure function of its arguments and of a CPU generator, so that the noise of a step
-depends neither on the device nor on the number of processes.
+drafts. All is a pure function of its arguments and a CPU generator. Drawn for the global batch, and
+then sliced, noise depends neither on the device nor on the number of processes.
 """
 
 from math import gcd
@@ -63,8 +63,8 @@ def masked_diffusion_loss(nll, weight, num_blocks):
 
 # ---- schedules of the noise ----------------------------------------------------------------------
 # (u, score, rates) -> (m, k, weight), each (...), of a block: its mask rate; how many of its tokens
-# will be masked, those with the lowest scores; the weight of each. u (...) in [0, 1) is the block's
-# random number, stratified over the batch, score (..., S) in [0, 1) those of its tokens.
+# will be masked; the weight of each. u (...) in [0, 1) is the block's random number, stratified
+# over the batch; score (..., S) in [0, 1) has one for each token.
 
 
 def balanced(u, score, rates):
@@ -115,8 +115,8 @@ def block_strata(batch, nb, S, generator):
 def draw_masks(batch, nb, S, generator, noise, rates, weighting, nonempty=False):
     """mask (B, nb, S) bool, weight (B, nb, S) and m (B, nb), float64, of nb blocks a sequence.
 
-    nonempty: an empty mask is drawn again, until it is not. At rate m a mask is not empty with
-    probability 1 - (1-m)^S, so the bound's weight becomes (1 - (1-m)^S) / (m S).
+    nonempty: where k = 0, a k > 0 in its place, as if drawn until it is not 0. A mask at rate m is
+    not empty with probability 1 - (1-m)^S: the bound's weight becomes (1 - (1-m)^S) / (m S).
 
     weighting: "elbo", the bound's, as above; or "cascade", of CASCADE's Phase 1 note, which is
     (1/m) * mean over the masked. That is NOT the bound: the mean divides by k, about m S, and 1/m
@@ -137,7 +137,7 @@ def draw_masks(batch, nb, S, generator, noise, rates, weighting, nonempty=False)
         weight = weight * (1 - (1 - m) ** S)
     if weighting == "cascade":
         weight = 1 / (m * k.clamp(min=1))
-    mask = score.argsort(dim=-1).argsort(dim=-1) < k.unsqueeze(-1)  # by the rank of each score
+    mask = score.argsort(dim=-1) < k.unsqueeze(-1)  # k places of a random order
     return mask, torch.where(mask, weight.unsqueeze(-1), 0.0), m
 
 

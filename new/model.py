@@ -1,4 +1,4 @@
-"""The network: a Llama that reads finished text as a GPT, and denoises blocks of [MASK]s behind it.
+"""The network: a Llama that reads finished text as a GPT, and denoises the block that comes next.
 
     B               batch: sequences in a tensor
     N, seq_len      tokens in a sequence (nanoGPT calls this block_size; here it never means that)
@@ -8,9 +8,9 @@
     V               vocabulary of real tokens
     mask_id         V: an input embedding only; the head has V rows, so [MASK] is never sampled
     x0, xt          clean tokens, noisy tokens, int64 (B, N): the clean and the noisy stream
-    index           (M,) int64: positions, flat in (B, N); of the masked tokens that have a loss
+    index           (M,) int64: the masked positions of xt that have a loss, flat in (B, N)
     context         how finished text is read: "causal" (each token sees those up to itself) or
-                    "block" (each block sees itself whole)
+                    "block" (those up to the end of its block)
     GPT level       the causal clean stream: its logits at i predict token i + 1
     block level     the noisy stream: its logits at i predict token i, and propose a draft of it
     local head      draws the drafts of a block left to right, each given the w = local_window
@@ -27,8 +27,9 @@ Who sees whom, by blocks (# = visible; / = up to itself if the context is causal
     noisy 1       # . .  . # .      not its own clean copy, which it has to predict
     noisy 2       # # .  . . #
 
-One pass over both streams gives, for every block at once, what the sampler's pass over [finished
-blocks before b, block b with its masks] gives. So both stand at positions 0..N-1.
+In code: `clean_sees`, `noisy_sees`, and the two attention calls in `CascadeLM.streams`. Each stream
+has positions 0..N-1, so that one pass gives, for all blocks at once, what the sampler's pass over
+[finished blocks before b, block b with its masks] gives.
 """
 
 import math
@@ -47,7 +48,7 @@ from corrupt import count_blocks, require
 
 @dataclass
 class CascadeConfig:
-    """The shape of a model. Raises ValueError, one line, for a shape that cannot work."""
+    """The shape of a model; a 0 becomes what it stands for. ValueError, one line, if impossible."""
 
     vocab_size: int = 65
     seq_len: int = 256
@@ -85,7 +86,7 @@ class CascadeConfig:
         require(not self.local_window or self.context == "causal", "context=block: local_window=0")
 
     def check_training(self, noise, corruption="all", draft_weight=1.0, soft=0.0, teacher=False):
-        """Raises ValueError unless a model of this shape may be trained with these settings:
+        """ValueError unless this shape may be trained so (soft: the share of soft targets):
 
         context  noise                               local_window  soft             what it is
         causal   full                                > 0           any              the cascade
@@ -102,11 +103,11 @@ class CascadeConfig:
 
 
 # ---- who sees whom: the picture above ------------------------------------------------------------
-# May query i see key j? One rule for each masked call, for dense masks and FlexAttention alike.
+# May query i see key j? A rule for each call that needs a mask, dense or FlexAttention's.
 
 
 def clean_sees(i, j, N, S):
-    """With context="block", clean queries and keys: the blocks before, and the own one whole."""
+    """Clean queries and keys if context="block": the blocks before, and the own one whole."""
     return j // S <= i // S
 
 
@@ -134,7 +135,7 @@ def attention(q, k, v, mask=None, causal=False):
     """softmax(q k^T / sqrt(D)) v: q (B, Nq, H, D), k and v (B, Nk, Hkv, D) -> (B, Nq, H, D).
 
     mask: bool, True where visible, broadcast to (B, H, Nq, Nk); or a BlockMask: then FlexAttention,
-    which has to be compiled to be fast, and has no backward on a CPU. causal: for Nq = Nk."""
+    which has to be compiled to be fast, and has no backward on a CPU. causal: Nq = Nk."""
     dtype = v.dtype
     if q.device.type == "cpu":
         v = v.to(q.dtype)  # float32 under autocast too: the CPU's bf16 kernel is the slower one
@@ -238,22 +239,22 @@ def left_tokens(x0, window, mask_id):
 
 
 class NLLs(NamedTuple):
-    """-log p in nats, and cross-entropies against soft targets p; float32. None: not there."""
+    """-log p in nats, not yet weighted; cross-entropies against soft targets p. None: not there."""
 
     gpt: torch.Tensor | None = None  # (B, N - 1), of tokens 1.. of each sequence, by the GPT level
-    masked: torch.Tensor | None = None  # (M,), of the tokens at index; by a local head: draft NLL
+    masked: torch.Tensor | None = None  # (M,), of tokens at index; with a local head, draft NLL
     gpt_soft: torch.Tensor | None = None  # (B, N - 1), as gpt, against a teacher's p
     masked_soft: torch.Tensor | None = None  # (M,), as masked, against p; token 0 keeps its -log p
 
 
 class CascadeLM(nn.Module):
     """The language model. Its weights have a Llama's names (with q/k norm a Qwen3's) but for the
-    local head; embed_tokens has a row more, [MASK]'s. path: of masked attention, "sdpa" with dense
-    masks, anywhere, or "flex", FlexAttention, for CUDA under torch.compile."""
+    local head; embed_tokens has a row more, for [MASK]. The path of masked attention is "sdpa", by
+    dense masks, anywhere, or "flex", FlexAttention, for CUDA under torch.compile."""
 
     def __init__(self, config, path="sdpa"):
         super().__init__()
-        require(path in ("sdpa", "flex"), f"attention must be sdpa or flex, not {path!r}")
+        require(path in ("sdpa", "flex"), f"attention path must be sdpa or flex, not {path!r}")
         self.config, self.path = config, path
         self.embed_tokens = nn.Embedding(config.vocab_size + 1, config.n_embd)
         self.layers = nn.ModuleList(CascadeBlock(config) for _ in range(config.n_layer))
@@ -261,7 +262,7 @@ class CascadeLM(nn.Module):
         self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # position * rope_base^(-2 d / D), (length, 1, D / 2); a sampler's masks reach past seq_len
+        # position * rope_base^(-2 d / D), (length, 1, D / 2); blocks of drafts reach past seq_len
         position = torch.arange(config.seq_len + 2 * config.block_size)[:, None, None]
         d = torch.arange(config.head_dim // 2).double()
         angle = position * config.rope_base ** (-2 * d / config.head_dim)
@@ -282,7 +283,7 @@ class CascadeLM(nn.Module):
                 a = 0.5 * math.sqrt(3 / p.shape[1])  # half of unit gain
                 nn.init.uniform_(p, -a, a)
             elif module in ("o_proj", "down_proj", "lm_head"):
-                nn.init.zeros_(p)  # layers and local head are the identity, the first loss is log V
+                nn.init.zeros_(p)  # layers are the identity; by an lm_head the first loss is log V
             elif "norm" in module:
                 nn.init.ones_(p)
             else:
@@ -294,8 +295,7 @@ class CascadeLM(nn.Module):
         positions (L,) or (B, L) int64. attend(layer, q, k, v): attention of q (B, L, H, D), given
         the pass's own k and v (B, L, Hkv, D). Training, scoring and cached decoding differ in it
         alone: who sees whom, and where further keys come from. index (M,) int64, flat in (B, L):
-        the tokens whose output (M, C) is needed, if not all; the last MLP runs for them alone.
-        """
+        the tokens whose output (M, C) is needed, if not all; the last MLP runs for them alone."""
         rope = self.cos[positions], self.sin[positions]  # (..., L, 1, D)
         x = self.embed_tokens(tokens)
         for i, layer in enumerate(self.layers):
@@ -303,8 +303,8 @@ class CascadeLM(nn.Module):
         return x
 
     def streams(self, x0, xt=None, index=None):
-        """The clean stream x0 (B, N) -> (B, N, C). Or both streams in one pass, the sequences of xt
-        (B, N) behind those of x0 -> (2B, N, C), or of that what `index` names."""
+        """The clean stream x0 (B, N) -> (B, N, C). Or both in one pass, a batch of the B sequences
+        of x0 and then the B of xt -> (2B, N, C), or what `index` names of it, as in `trunk`."""
         (B, N), S, device = x0.shape, self.config.block_size, x0.device
         require(N <= self.config.seq_len, f"{N} tokens exceed seq_len {self.config.seq_len}")
         require(xt is None or N % S == 0, f"{N} noisy tokens are not whole blocks of {S}")
@@ -317,7 +317,7 @@ class CascadeLM(nn.Module):
             clean = attention(q[:B], k[:B], v[:B], clean_mask, causal)
             if xt is None:
                 return clean
-            k, v = (torch.cat([x[:B], x[B:]], dim=1) for x in (k, v))  # keys: N clean, N noisy
+            k, v = (torch.cat([x[:B], x[B:]], dim=1) for x in (k, v))  # (B, 2N): clean, noisy
             return torch.cat([clean, attention(q[B:], k, v, noisy_mask)])
 
         tokens = x0 if xt is None else torch.cat([x0, xt])
@@ -328,21 +328,21 @@ class CascadeLM(nn.Module):
         return self.embed_tokens.weight[:-1] if self.config.tie_embeddings else self.lm_head.weight
 
     def logits_of(self, tokens):
-        """tokens (B, N) int64, real or mask_id -> logits (B, N, V) of the clean stream, float32: of
-        token i + 1 at i with context="causal", of token i with context="block"."""
+        """tokens (B, N), real or mask_id -> logits (B, N, V) float32 of the clean stream, at i: of
+        token i + 1 with context="causal", of token i with context="block"."""
         return at_least_float32(F.linear(self.norm(self.streams(tokens)), self.head_weight()))
 
     def forward(self, x0, xt=None, index=None, teacher=None, own_p=False):
-        """The `NLLs` of a batch: x0, xt (B, N) int64, index (M,) int64; x0 alone for AR.
-
-        Soft targets p, through which no gradient goes: of a teacher's GPT level, for both levels;
-        or, own_p, of this model's own, for the masked tokens.
-        """
-        c, head = self.config, self.head_weight()
-        require(c.context == "causal" or xt is not None, "context=block only denoises: give xt")
-        require(xt is None or (index is not None and index.dtype == torch.int64),
-                "xt needs an int64 index")
-        if c.context == "block":  # the clean stream has no loss; the noisy one stands behind it
+        """The `NLLs` of a batch: x0, xt (B, N) int64, index (M,) int64; x0 alone for AR. Soft
+        targets p, without a gradient: of a teacher's GPT level, for both levels; else, if own_p, of
+        this model's own, for the masked tokens."""
+        c, head, gpt_level = self.config, self.head_weight(), self.config.context == "causal"
+        require(gpt_level or xt is not None, "context=block only denoises: it needs xt")
+        soft = teacher is not None or own_p
+        require(gpt_level or not soft, "context=block has no GPT level for soft targets")
+        indexed = index is not None and index.dtype == torch.int64
+        require(xt is None or indexed, "xt needs an int64 index")
+        if not gpt_level:  # of the batch of 2B the last B sequences alone have a loss
             h = self.norm(self.streams(x0, xt, index + x0.numel()))
             return NLLs(masked=head_nll(h, head, x0.flatten()[index])[0])
 
@@ -353,10 +353,10 @@ class CascadeLM(nn.Module):
         gpt, gpt_soft = head_nll(before, head, x0[:, 1:], teacher_h, teacher_head)
         if xt is None:
             return NLLs(gpt, gpt_soft=gpt_soft)
-        if own_p:
+        if own_p and teacher is None:
             teacher_h, teacher_head = before, head
-        if teacher_h is not None:
-            teacher_h = F.pad(teacher_h, (0, 0, 1, 0)).flatten(0, 1)[index]  # the p of i, at i
+        if teacher_h is not None:  # moved on by one, so that the p of token i is at i
+            teacher_h = F.pad(teacher_h, (0, 0, 1, 0)).flatten(0, 1)[index]
         h, targets = h[len(x0) :].flatten(0, 1)[index], x0.flatten()[index]
         if self.local is not None:  # all left tokens are shown: teacher forcing
             h = self.local(h, left_tokens(x0, c.local_window, c.mask_id).flatten(0, 1)[index])
