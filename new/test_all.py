@@ -594,7 +594,7 @@ def test_memorisation():
     block, found = {"context": "block", "local_window": 0}, {}
     calm, fast = ((0.005, 0.005), (0.8, 0.9)), ((0.002, 0.06), (0.7, 0.85))
     for name, *how, shape in (
-        ("cascade", all_blocks, "full", "elbo", *calm, {"n_layer": 2}),
+        ("cascade", all_blocks, "full", "elbo", *calm, {"n_layer": 1}),
         ("all blocks", all_blocks, "balanced", "elbo", *calm, {"n_layer": 2, **block}),
         ("target block", target_block, "uniform", "cascade", *fast, {"n_layer": 1, **block}),
     ):
