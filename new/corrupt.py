@@ -130,7 +130,7 @@ def draw_masks(batch, nb, S, generator, noise, rates, weighting, nonempty=False)
     u = block_strata(batch, nb, S, generator)
     score = torch.rand(batch, nb, S, generator=generator, dtype=torch.float64)
     m, k, weight = SCHEDULES[noise](u, score, rates)
-    if nonempty and noise in ("uniform", "clipped"):  # the others never mask nothing
+    if nonempty and noise in ("uniform", "clipped"):  # the others always mask some
         log_p = torch.distributions.Binomial(S, m.unsqueeze(-1)).log_prob(torch.arange(1, S + 1))
         again = 1 + torch.multinomial(log_p.exp().flatten(0, 1), 1, generator=generator)
         k = torch.where(k == 0, again.view(k.shape).double(), k)
