@@ -105,8 +105,8 @@ def block_strata(batch, nb, S, generator):
     """
     group = S // gcd(S, nb)
     u = []
-    for sequences in [group] * (batch // group) + [batch % group]:
-        n = sequences * nb
+    for first in range(0, batch, group):
+        n = min(group, batch - first) * nb
         part = torch.randperm(n, generator=generator)
         u.append((part + torch.rand(n, generator=generator, dtype=torch.float64)) / n)
     return torch.cat(u).view(batch, nb)

@@ -73,7 +73,7 @@ class CascadeConfig:
         for name in ("n_kv_head", "head_dim", "n_hidden", "local_window", "local_hidden"):
             require(getattr(self, name) >= 0, f"{name} must not be negative")
         count_blocks(self.seq_len, self.block_size)
-        C, H = self.n_embd, self.n_head
+        C, H, w = self.n_embd, self.n_head, self.local_window
         require(C % H == 0 or self.head_dim, f"n_embd {C} is not divisible by n_head {H}")
         self.head_dim = self.head_dim or C // H
         self.n_kv_head = self.n_kv_head or H
@@ -83,7 +83,7 @@ class CascadeConfig:
         require(H % self.n_kv_head == 0, f"n_head {H} is no multiple of n_kv_head {self.n_kv_head}")
         require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd: rotation turns pairs")
         require(self.context in ("causal", "block"), "context must be causal or block")
-        require(not self.local_window or self.context == "causal", "context=block: local_window=0")
+        require(self.context == "causal" or w == 0, "a local_window needs context=causal")
 
     def check_training(self, noise, corruption="all", draft_weight=1.0, soft=0.0, teacher=False):
         """ValueError unless this shape may be trained so (soft: the share of soft targets):
@@ -92,14 +92,15 @@ class CascadeConfig:
         causal   full                                > 0           any              the cascade
         causal   any                                 0             0                GPT + diffusion
         block    any; corruption "all" or "target"   0             0                block diffusion
-        causal   unused, as draft_weight = 0         0             0, or a teacher  AR
-        """
+        causal   unused, as draft_weight = 0         0             0, or a teacher  AR"""
         causal, drafts, ar = self.context == "causal", self.local_window > 0, draft_weight == 0
-        require(not ar or (causal and not drafts), "AR needs context=causal and local_window=0")
+        require(not ar or (causal and not drafts),
+                "draft_weight=0, a GPT alone, needs context=causal and local_window=0")
         require(not drafts or noise == "full", "a local head drafts whole blocks: set noise=full")
         require(corruption == "all" or not causal, "corruption=target needs context=block")
-        require(soft or not teacher, "a teacher is used by soft targets: set soft above 0")
-        require(not soft or drafts or (ar and teacher), "soft needs a local head, or AR a teacher")
+        require(soft or not teacher, "a teacher gives soft targets: set soft above 0")
+        require(not soft or drafts or (ar and teacher),
+                "soft targets need local_window above 0, or draft_weight=0 and a teacher")
 
 
 # ---- who sees whom: the picture above ------------------------------------------------------------
@@ -338,8 +339,7 @@ class CascadeLM(nn.Module):
         this model's own, for the masked tokens."""
         c, head, gpt_level = self.config, self.head_weight(), self.config.context == "causal"
         require(gpt_level or xt is not None, "context=block only denoises: it needs xt")
-        soft = teacher is not None or own_p
-        require(gpt_level or not soft, "context=block has no GPT level for soft targets")
+        require(gpt_level or (teacher is None and not own_p), "context=block has no soft targets")
         indexed = index is not None and index.dtype == torch.int64
         require(xt is None or indexed, "xt needs an int64 index")
         if not gpt_level:  # of the batch of 2B the last B sequences alone have a loss
