@@ -25,6 +25,8 @@ from typing import NamedTuple
 
 import torch
 
+from util.settings import require
+
 
 class Rates(NamedTuple):
     """Mask rates: `uniform` draws from [m_min, 1], `clipped` from [clip_low, clip_high]."""
@@ -173,8 +175,3 @@ def count_blocks(seq_len, block_size):  # nb = N // S
     require(block_size > 0 and seq_len > 0 and seq_len % block_size == 0,
             f"seq_len {seq_len} is not a positive multiple of block_size {block_size}")
     return seq_len // block_size
-
-
-def require(condition, message):  # a user's mistake ends in one line
-    if not condition:
-        raise ValueError(message)

@@ -43,7 +43,8 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from corrupt import count_blocks, require
+from corrupt import count_blocks
+from util.settings import require
 
 
 @dataclass

@@ -1,0 +1,78 @@
+"""Checkpoints: last.pt and best.pt of a run, each one file of tensors and plain values.
+
+    config      fields of model.CascadeConfig       model, optimizers   their state dicts
+    settings    of train.py, as they were asked     step, seconds       of training so far
+    meta        of the data (util/data.py)          figures, final      eval.Figures, as dicts
+    best        least validation loss so far, and best_step
+
+They hold no code: torch.load(weights_only=True) reads them.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+
+from model import CascadeConfig, CascadeLM
+from util.data import writing
+from util.settings import UserError, require
+
+FIELDS = ("config", "settings", "meta", "model", "optimizers", "step", "seconds", "figures",
+          "final", "best", "best_step")
+
+
+def save(path, state):
+    """Write `state` so that `path` always holds a complete checkpoint, the old one or the new."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with writing(path), open(temporary, "wb") as f:
+            try:
+                torch.save(state, f)
+            except RuntimeError as e:  # that is what torch makes of a full disk
+                raise OSError(str(e).splitlines()[0]) from None
+            f.flush()
+            os.fsync(f.fileno())
+        with writing(path):
+            os.replace(temporary, path)
+    except UserError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def find(where):
+    """The file that a run's folder or a path means: best.pt of a folder, else its last.pt."""
+    for path in (Path(where), Path(where, "best.pt"), Path(where, "last.pt")):
+        if path.is_file():
+            return path
+    raise UserError(f"no checkpoint in {where}: train one with python train.py --out_dir={where}")
+
+
+def load(path):
+    """The state that save wrote, on the CPU."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing = [name for name in FIELDS if name not in state]
+        require(not missing, f"it has no {', '.join(missing)}")
+        CascadeConfig(**state["config"])
+    except Exception as e:  # a damaged file raises whatever its readers make of it
+        reason = str(e) if isinstance(e, UserError) else type(e).__name__
+        raise UserError(f"{path} is damaged or no checkpoint of this version ({reason}): use "
+                        "another, or train again with --overwrite=true") from None
+    return state
+
+
+def load_model(where, device="cpu"):
+    """(model in evaluation mode, state) of a run's folder or a checkpoint file."""
+    state = load(find(where))
+    model = CascadeLM(CascadeConfig(**state["config"]))
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), state
+
+
+def take_weights(model, weights):
+    """Copy the weights whose names and shapes match, the others keep their fresh initialisation;
+    returns the modules that do."""
+    own = model.state_dict()
+    match = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
+    model.load_state_dict(match, strict=False)
+    return sorted({name.partition(".")[0] for name in own.keys() - match.keys()})

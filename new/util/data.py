@@ -1,0 +1,195 @@
+"""Datasets: folders of token ids, and the tokenizers that made them.
+
+    train.bin, val.bin   token ids, little-endian, no header
+    meta.json            {"tokenizer": "char" | "byte" | "gpt2" | "hf", "vocab_size": 84,
+                          "eot": the id that ends a document, or null, "dtype": "uint8" | ...,
+                          "tokens": {"train": n, "val": n}, "bytes": those of the text in UTF-8,
+                          "source": "one line",
+                          "chars": "..." of char, "json": tokenizer.json of hf}
+
+`write` makes one; meta.json comes last, so that a folder without it is no dataset. --dataset=NAME
+is the folder data/NAME, or $CASCADE_DATA/NAME; a name with a / in it is a path.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from util.settings import ROOT, UserError, optional, require
+
+EOT = "<|endoftext|>"
+
+
+def data_root():
+    return Path(os.environ.get("CASCADE_DATA") or ROOT / "data").expanduser()
+
+
+@contextmanager
+def writing(path):
+    """What the disk refuses in here is a UserError."""
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"cannot write {path} ({e.strerror or e}): make room, or choose another "
+                        "folder") from None
+
+
+# ---- tokenizers ----------------------------------------------------------------------------------
+# encode(str) -> (n,) ids, decode(ids) -> str, vocab_size, eot (the id that ends documents, or None)
+# and meta(): what make_tokenizer needs beside these.
+
+
+class CharTokenizer:
+    """One token for each of the distinct characters `chars`."""
+
+    kind, eot = "char", None
+
+    def __init__(self, chars):
+        self.chars, self.vocab_size = chars, len(chars)
+        self.ids = {c: i for i, c in enumerate(chars)}
+
+    def encode(self, text):
+        try:
+            return np.fromiter(map(self.ids.__getitem__, text), np.uint32, len(text))
+        except KeyError as e:
+            raise UserError(f"the vocabulary has no {e}: use the {self.vocab_size} characters of "
+                            "the training text") from None
+
+    def decode(self, ids):
+        return "".join(self.chars[i] for i in ids)
+
+    def meta(self):
+        return {"chars": self.chars}
+
+
+class ByteTokenizer:
+    """The bytes of UTF-8. 255, which never occurs there, ends a document."""
+
+    kind, eot, vocab_size = "byte", 255, 256
+
+    def encode(self, text):
+        return np.frombuffer(text.encode(), np.uint8)
+
+    def decode(self, ids):
+        return bytes(map(int, ids)).replace(b"\xff", EOT.encode()).decode(errors="replace")
+
+    def meta(self):
+        return {}
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-pair encoding, by tiktoken, which downloads its two files once. Without a
+    network: OpenAI's vocab.bpe and encoder.json in the folder $TIKTOKEN_CACHE_DIR, under the names
+    6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6."""
+
+    kind, eot, vocab_size = "gpt2", 50256, 50257
+
+    def __init__(self):
+        try:
+            self.bpe = optional("tiktoken").get_encoding("gpt2")
+        except OSError as e:  # those of its downloads are OSErrors too
+            raise UserError(f"GPT-2's vocabulary cannot be downloaded ({type(e).__name__}): "
+                            "util/data.py says where its files are looked for") from None
+
+    def encode(self, text):
+        return self.bpe.encode_to_numpy(text, disallowed_special=())
+
+    def decode(self, ids):
+        return self.bpe.decode([int(i) for i in ids])
+
+    def meta(self):
+        return {}
+
+
+def make_tokenizer(meta):
+    """The tokenizer that a dataset's meta describes."""
+    kind = meta["tokenizer"]
+    if kind == "char":
+        return CharTokenizer(meta["chars"])
+    if kind == "hf":
+        from util.hf import HFTokenizer
+
+        return HFTokenizer(meta["json"], meta["vocab_size"], meta["eot"])
+    require(kind in ("byte", "gpt2"), f"unknown tokenizer {kind!r}: prepare the data again")
+    return ByteTokenizer() if kind == "byte" else GPT2Tokenizer()
+
+
+# ---- reading and writing -------------------------------------------------------------------------
+
+
+def prepare_shipped(name):
+    """Prepare the text that ships here, unless it is. Other datasets are the user's to prepare."""
+    if name == "shakespeare" and not (data_root() / name / "meta.json").exists():
+        script = ROOT / "data" / name / "prepare.py"
+        print(f"data       {name} is not prepared yet: running {script.name}", flush=True)
+        done = subprocess.run([sys.executable, script], check=False)
+        require(done.returncode == 0, f"{script} failed: see above")
+
+
+class Dataset:
+    """A prepared folder: `meta`, `tokenizer()`, and `split(name)`, ids (tokens,) on disk."""
+
+    def __init__(self, name, seq_len=1):
+        folder = Path(name) if "/" in name else data_root() / name
+        self.name, self.folder, self.splits = folder.name, folder, {}
+        remedy = f"run its prepare.py, as in data/{folder.name}/readme.md"
+        require((folder / "meta.json").is_file(), f"no dataset in {folder}: {remedy}")
+        try:
+            self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            for split, tokens in self.meta["tokens"].items():
+                ids = np.memmap(folder / f"{split}.bin", self.meta["dtype"], "r")
+                require(len(ids) == tokens, f"{split}.bin has {len(ids)} tokens, not {tokens}")
+                self.splits[split] = ids
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"the data in {folder} is damaged ({e}): {remedy}") from None
+        for split, ids in self.splits.items():
+            require(len(ids) >= seq_len, f"{split} of {folder} has {len(ids)} tokens: give more "
+                                         f"text, or set --seq_len to at most that, not {seq_len}")
+
+    def tokenizer(self):
+        return make_tokenizer(self.meta)
+
+    def require_vocabulary(self, meta, where):
+        """UserError unless `meta`, of a checkpoint `where`, gives the ids the same meaning."""
+        keys = ("tokenizer", "vocab_size", "eot", "chars", "json")
+        require(all(self.meta.get(key) == meta.get(key) for key in keys),
+                f"{self.folder} has another vocabulary than {where} was trained with")
+
+    def split(self, name):
+        require(name in self.splits, f"{self.folder} has no split {name!r}: it has "
+                                     f"{', '.join(self.splits)}")
+        return self.splits[name]
+
+    def bytes_per_token(self, split):
+        return self.meta["bytes"][split] / self.meta["tokens"][split]
+
+
+def write(folder, tokenizer, source, **splits):
+    """Write a dataset. splits: train and val, iterables of documents (str); each is followed by the
+    tokenizer's end-of-text, if it has one. Prints a line for each split."""
+    folder, V = Path(folder), tokenizer.vocab_size
+    dtype = "uint8" if V <= 2**8 else "uint16" if V <= 2**16 else "uint32"
+    meta = {"tokenizer": tokenizer.kind, "vocab_size": V, "eot": tokenizer.eot, "dtype": dtype,
+            "tokens": {}, "bytes": {}, "source": source, **tokenizer.meta()}
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "meta.json").unlink(missing_ok=True)
+        for split, documents in splits.items():
+            tokens = size = 0
+            with open(folder / f"{split}.bin", "wb") as f:
+                for text in documents:
+                    ids = tokenizer.encode(text)
+                    if tokenizer.eot is not None:
+                        ids = np.append(ids, tokenizer.eot)
+                    f.write(ids.astype("<" + np.dtype(dtype).str[1:]).tobytes())
+                    tokens, size = tokens + len(ids), size + len(text.encode())
+            meta["tokens"][split], meta["bytes"][split] = tokens, size
+            print(f"{folder / split}.bin: {tokens:,} of {V:,} tokens, {size:,} bytes of text")
+        temporary = folder / "meta.json.tmp"
+        temporary.write_text(json.dumps(meta), encoding="utf-8")
+        temporary.replace(folder / "meta.json")

@@ -1,0 +1,141 @@
+"""The machine: device, dtype, the processes of torchrun, and signals."""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from util.settings import UserError, require
+
+if torch.__version__ < (2, 5):
+    print(f"error: torch {torch.__version__} lacks FlexAttention and grouped heads: pip install -r "
+          "requirements.txt", file=sys.stderr)
+    sys.exit(2)
+
+# dense bf16 FLOP/s by the vendors' data sheets, for the MFU; TF32 has half of that
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def choose_device(name, local_rank=0):
+    """The device that a setting stands for, of this process; "auto": cuda where there is one."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = ("cuda" if gpus else "cpu") if name == "auto" else name
+    name = f"cuda:{local_rank}" if name == "cuda" else name
+    require(name in ("cpu", *(f"cuda:{i}" for i in range(gpus))),
+            f"--device={name} is not on this machine, which has {gpus} GPUs: set auto or cpu")
+    return name
+
+
+def choose_dtype(name, device):
+    """(dtype, why) that a setting stands for; "auto": bfloat16 where the hardware multiplies it."""
+    if name != "auto":
+        return name, "as set"
+    if device != "cpu":
+        has = torch.cuda.is_bf16_supported()
+    else:
+        info = Path("/proc/cpuinfo")
+        flags = info.read_text() if info.exists() else ""
+        has = "avx512_bf16" in flags or "amx_bf16" in flags
+    said = f"this {'processor' if device == 'cpu' else 'GPU'} has {'' if has else 'no '}bf16 units"
+    return "bfloat16" if has else "float32", said
+
+
+def autocast(device, dtype):
+    """The context that computes in dtype; weights stay float32."""
+    on = dtype == "bfloat16"
+    return torch.autocast(device.partition(":")[0], torch.bfloat16) if on else nullcontext()
+
+
+def peak_flops(device, dtype):
+    """FLOP/s of the GPU's matrix units, or None where they are not in the table."""
+    name = torch.cuda.get_device_name(device) if device != "cpu" else ""
+    peak = next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    return peak / 2 if peak and dtype == "float32" else peak
+
+
+def keep_memory():
+    """Have glibc keep what a step frees: the system would clear its pages for the next step, which
+    costs a small model on a CPU 7 % of its time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30)
+
+
+class Processes:
+    """This process among those of torchrun, or alone. Rank 0 speaks, writes and decides."""
+
+    def __init__(self):
+        names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        self.rank, self.local_rank, self.world = (int(os.environ.get(*x)) for x in names.items())
+        self.main = self.rank == 0
+        if self.world > 1:  # hosts agree by gloo, so that no GPU has to be waited for
+            gpus = torch.cuda.is_available()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+
+    def say(self, line):
+        if self.main:
+            print(line, flush=True)
+
+    def sum(self, tensor):
+        """The sum over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def from_main(self, *numbers):
+        """Rank 0's numbers, on every process: what a clock or a signal decides is alike for all."""
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        if self.world > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor.tolist()
+
+    @contextmanager
+    def together(self):
+        """A user's mistake that one process finds in here ends all of them, alike."""
+        found = None
+        try:
+            yield
+        except UserError as e:
+            found = e
+        errors = [found] * self.world
+        if self.world > 1:
+            dist.all_gather_object(errors, found)
+        for error in filter(None, errors):
+            raise error
+
+
+def close():
+    """Leave the group of processes, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Stop:
+    """Within it Ctrl-C, SIGTERM and SIGHUP set `asked`, so that a step can be finished. A second
+    one, later than torchrun repeats the first, ends at once."""
+
+    def __enter__(self):
+        self.asked, self.when = 0, 0.0
+        signals = {getattr(signal, name, signal.SIGINT) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
+        self.before = {n: signal.signal(n, self.ask) for n in signals
+                       if signal.getsignal(n) != signal.SIG_IGN}  # as nohup has it
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, _frame):
+        if not self.asked:
+            self.asked, self.when = int(number), time.monotonic()
+        elif time.monotonic() > self.when + 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)

@@ -1,0 +1,132 @@
+"""Typed settings, and how a user's mistake ends: in one line.
+
+A script's settings are plain variables. `python train.py config/nano.py --seed=1` takes what the
+config file assigns, then what --key=value assigns; the last one wins. A config file is Python that
+assigns settings; it may import, and use names that begin with _. Values have the type of the
+default: an int may be written 1e3, a float 1, a bool true, false, 1 or 0 in any case, and ~ at the
+beginning of a text is the home folder.
+"""
+
+import difflib
+import functools
+import importlib
+import os
+import re
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+ROOT = Path(__file__).resolve().parents[1]
+BOOL = {"true": True, "1": True, "false": False, "0": False}
+
+
+class UserError(ValueError):
+    """A user's mistake: one line with what is wrong, and the remedy. Whatever else is raised is a
+    bug, and keeps its traceback."""
+
+
+def require(condition, message):
+    if not condition:
+        raise UserError(message)
+
+
+def public(namespace):
+    """The settings in a namespace: plain values under lower-case names without _ in front."""
+    return {name: value for name, value in namespace.items()
+            if name.islower() and name[0] != "_" and type(value) in (bool, int, float, str)}
+
+
+def typed(name, value, default, where):
+    """`value`, text or not, in the type of `default`; UserError if it is none of that type."""
+    kind, text = type(default), str(value)
+    if kind is str and isinstance(value, str):
+        return os.path.expanduser(value)
+    if kind is bool and text.lower() in BOOL:
+        return BOOL[text.lower()]
+    if kind is int and re.fullmatch(r"[+-]?\d+", text):
+        return int(text)  # not by float: a seed may have 17 digits
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if (kind is float and number == number) or (kind is int and number.is_integer()):
+        return kind(number)
+    raise UserError(f"{where}: {name} must be {kind.__name__} like {default!r}, not {value!r}")
+
+
+def read_config(name):
+    """{name: value} that a config file assigns. Its path is as given, or below the repository."""
+    path = next((p for p in (Path(name), ROOT / name) if p.is_file()), None)
+    require(path, f"no config file {name}; settings are written --key=value")
+    found = {"__name__": "config", "__file__": str(path)}
+    try:
+        exec(compile(path.read_text(encoding="utf-8-sig"), str(path), "exec"), found)
+    except Exception as e:  # it is the user's Python, and theirs to mend
+        raise UserError(f"{path}: {type(e).__name__}: {e}") from None
+    return {key: value for key, value in found.items() if not (
+        key.startswith("_") or callable(value) or isinstance(value, ModuleType))}
+
+
+def settings(defaults, argv):
+    """(settings, given): `defaults` with the config files and --key=value of argv applied in order,
+    and the set of names that these assigned. UserError for an unknown name or a wrong type."""
+    s, given = dict(defaults), set()
+    for arg in argv:
+        if arg.startswith("--"):
+            key, equals, text = arg[2:].partition("=")
+            require(equals, f"{arg}: settings are written --key=value, such as --seed=1")
+            found = {key: text}
+        else:
+            found = read_config(arg)
+        for name, value in found.items():
+            if name not in s:
+                near = difflib.get_close_matches(name, s, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(s)}"
+                raise UserError(f"{arg}: unknown setting {name}; {hint}")
+            s[name] = typed(name, value, defaults[name], arg)
+            given.add(name)
+    return SimpleNamespace(**s), given
+
+
+def check(s, choices, least):
+    """UserError unless settings are among their `choices` and not below their `least`."""
+    for name, allowed in choices.items():
+        require(getattr(s, name) in allowed,
+                f"--{name} must be {' or '.join(allowed)}, not {getattr(s, name)!r}")
+    for name, low in least.items():
+        require(getattr(s, name) >= low, f"--{name} must be {low} or more, not {getattr(s, name)}")
+
+
+def optional(package):
+    """The module of a package that one setting needs."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"this needs {package}: pip install {package}") from None
+
+
+def guarded(main):
+    """Decorator of a script's main(argv) -> exit code: 2 after a user's mistake, which rank 0 says
+    in one line; 130 after Ctrl-C."""
+
+    @functools.wraps(main)
+    def wrapped(argv):
+        try:
+            return main(argv)
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:  # the reader has gone, as in `| head`: nothing to say at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except (UserError, RuntimeError, MemoryError) as e:
+            line = str(e).partition("\n")[0]
+            full = isinstance(e, MemoryError) or re.search("(out of|allocate) memory", line)
+            if not full and not isinstance(e, UserError):
+                raise
+            if not isinstance(e, UserError):
+                line += ": set a smaller --micro_batch, --seq_len or model"
+            if os.environ.get("RANK", "0") == "0":
+                print("error:", line, file=sys.stderr)
+            return 2
+
+    return wrapped
