@@ -1,0 +1,467 @@
+"""Train CASCADE, block diffusion or a GPT, on one or many processes.
+
+    python train.py config/nano.py                       minutes, on a GPU or on two CPU cores
+    python train.py config/nano.py --max_minutes=20 --out_dir=out/nano20
+    python train.py config/ar.py                         the same network as a GPT: the baseline
+    torchrun --nproc_per_node=8 train.py                 the same batches and noise, shared out
+    python train.py --out_dir=out/nano --init_from=resume
+    python train.py --init_from=out/ar --local_window=6 --out_dir=out/drafts    from a GPT's weights
+
+A run leaves last.pt, best.pt and log.csv in out_dir. Batches and noise are pure functions of (seed,
+step), drawn for the global batch and then sliced. So a resumed run, more processes or smaller
+micro-batches compute the same thing. With max_minutes the learning rate follows the clock.
+"""
+
+import math
+import os
+import shlex
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+from util import machine  # first: it says what an old torch lacks
+
+# isort: split
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import corrupt
+import eval
+from model import CascadeConfig, CascadeLM
+from util import checkpoint
+from util.data import Dataset, prepare_shipped, writing
+from util.muon import Muon
+from util.settings import check, guarded, optional, public, require, settings
+
+# ---- settings: each can be set in a config file or as --name=value -------------------------------
+# where
+out_dir = "out/train"
+dataset = "shakespeare"  # a folder of data/, prepared by its prepare.py
+init_from = "scratch"  # or "resume": go on from out_dir/last.pt; or another run's folder, for its
+# weights and its shape
+overwrite = False  # a new run may replace the one in out_dir, with its first checkpoint
+seed = 1337
+# the model: see model.CascadeConfig
+seq_len = 256  # N
+block_size = 16  # S, tokens in a diffusion block
+n_layer = 6  # 6 layers of 4 x 384 x 384 + 3 x 384 x 1024 = 1.77M
+n_head = 6
+n_kv_head = 0  # 0: as many as n_head
+n_embd = 384  # with a local head of 3.6M parameters 14M in all
+n_hidden = 0  # width of the MLP; 0: 8/3 n_embd
+tie_embeddings = False
+qk_norm = True
+context = "causal"  # finished text is read as by a GPT; or "block", block-causally
+local_window = 6  # w, tokens to the left that the local head sees; 0: no local head
+local_hidden = 0  # width of the local head; 0: 4 n_embd
+# the loss: next-token NLL + draft_weight * [(1 - soft) * draft NLL + soft * CE against the GPT
+# level's p]; without a local head draft_weight * bound; with context="block" that alone
+draft_weight = 1.0  # 0: a GPT alone
+soft = 0.5
+teacher = ""  # another run: then both terms are (1 - soft) NLL + soft CE against its p
+# the noise: see corrupt.py
+noise = "full"
+corruption = "all"  # every block of a sequence; or "target", one
+weighting = "elbo"  # or "cascade"
+m_min = 1e-3
+clip_low = 0.3
+clip_high = 0.8
+# the budget: whichever ends first; 0: no such limit
+max_steps = 5000
+max_minutes = 0.0
+batch_size = 64  # sequences in a step, over all processes: 64 x 256 = 16,384 tokens
+micro_batch = 0  # sequences in a forward pass of a process; 0: all that it has
+# the optimizer
+optimizer = "muon"  # for the matrices of the layers, AdamW for the rest; or "adamw" for all
+learning_rate = 1e-3  # AdamW's peak
+muon_lr = 4e-3  # Muon's peak
+weight_decay = 0.1  # of matrices and tables
+beta1 = 0.9
+beta2 = 0.98
+grad_clip = 1.0  # 0: none
+warmup_steps = 100
+final_lr = 0.0  # the learning rate falls linearly to this share of its peak
+# reports
+log_every = 50
+eval_every = 250  # steps from one validation, with its checkpoint, to the next
+eval_windows = 64
+final_windows = 512  # for the figures at the end
+wandb = False  # besides out_dir/log.csv
+# the machine
+device = "auto"  # cuda if there is one, else cpu
+dtype = "auto"  # bfloat16 where the hardware multiplies it, else float32
+compile = "auto"  # torch.compile: true on CUDA; on a CPU it wins a tenth after 40 seconds
+# --------------------------------------------------------------------------------------------------
+DEFAULTS = public(dict(globals()))
+CHOICES = {
+    "context": ("causal", "block"), "noise": corrupt.SCHEDULES, "corruption": ("all", "target"),
+    "weighting": corrupt.WEIGHTINGS, "optimizer": ("muon", "adamw"),
+    "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"),
+}
+LEAST = dict.fromkeys("batch_size log_every eval_every eval_windows final_windows".split(), 1)
+LEAST |= dict.fromkeys("draft_weight soft max_steps max_minutes micro_batch learning_rate muon_lr "
+                       "weight_decay beta1 beta2 grad_clip warmup_steps final_lr seed".split(), 0)
+# what a resumed run may be given anew: budget, reports and machine, but not the mathematics
+FREE = set("out_dir init_from overwrite dataset max_steps max_minutes micro_batch log_every "
+           "eval_every eval_windows final_windows wandb device dtype compile".split())
+SHAPE = {f.name for f in fields(CascadeConfig)} & DEFAULTS.keys()
+# what the weights of another run determine
+FIXED = set("n_layer n_head n_kv_head n_embd n_hidden tie_embeddings qk_norm".split())
+COLUMNS = ("step", "seconds", "gpt", "draft", "bound", "val_gpt", "val_draft", "val_bound",
+           "tokens_a_round", "lr", "tokens_per_second", "mfu")  # of log.csv; nats per token
+
+
+# ---- where a run starts --------------------------------------------------------------------------
+
+
+def starting_point(s, given):
+    """The checkpoint that a run starts from, or None. Settings that are not `given` are set to what
+    it has; UserError for what is given and contradicts it."""
+    last, resume = Path(s.out_dir, "last.pt"), s.init_from == "resume"
+    require(resume or s.overwrite or not last.exists(), f"{s.out_dir} holds a run: go on by "
+            "--init_from=resume, replace it by --overwrite=true, or set another --out_dir")
+    if s.init_from == "scratch":
+        return None
+    require(not resume or last.exists(), f"there is no {last}: leave --init_from=resume out")
+    start = checkpoint.load(last if resume else checkpoint.find(s.init_from))
+    if resume:
+        before, fixed = DEFAULTS | start["settings"], DEFAULTS.keys() - FREE
+        names = DEFAULTS.keys() - {"out_dir", "init_from", "overwrite"}
+    else:
+        before, fixed, names = start["config"], FIXED, set(SHAPE)
+        if start["settings"]["draft_weight"] == 0:  # a GPT, which says nothing of drafts
+            names -= {"block_size", "local_window", "local_hidden"}
+    for name in names:
+        if name not in given:
+            setattr(s, name, before[name])
+        require(name not in fixed or getattr(s, name) == before[name],
+                f"{last if resume else s.init_from} has {name}={before[name]}: leave --{name} out")
+    return start
+
+
+# ---- batches, noise and loss ---------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """A micro-batch: clean and noisy tokens (B, N), the masked positions that have a loss, flat in
+    (B, N), and their weights (M,). The last three are None for a GPT alone."""
+
+    x0: torch.Tensor
+    xt: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+
+
+def draw_batches(s, mask_id, tokens, step, rank=0, world=1):
+    """(micro-batches of process `rank` in a step, target blocks of the global batch)"""
+    generator = torch.Generator().manual_seed((s.seed * 1_000_003 + step) % 2**63)
+    starts = torch.randint(len(tokens) - s.seq_len + 1, (s.batch_size,), generator=generator)
+    noisy, blocks, share, batches = None, 0, s.batch_size // world, []
+    if s.draft_weight:
+        target = s.corruption == "target"
+        draw = corrupt.corrupt_target_block if target else corrupt.corrupt_all_blocks
+        blank = torch.zeros(s.batch_size, s.seq_len, dtype=torch.int64)  # noise sees no token
+        rates = corrupt.Rates(s.m_min, s.clip_low, s.clip_high)
+        noisy = draw(blank, s.block_size, mask_id, generator, s.noise, rates, s.weighting)
+        blocks = noisy.block.numel()
+    for rows in torch.arange(rank * share, (rank + 1) * share).split(s.micro_batch or share):
+        x0 = np.stack([tokens[i : i + s.seq_len] for i in starts[rows].tolist()])
+        batch = Batch(torch.from_numpy(x0.astype(np.int64)))
+        if noisy is not None:
+            xt = torch.where(noisy.xt[rows] == mask_id, mask_id, batch.x0)
+            index = noisy.mask[rows].flatten().nonzero()[:, 0]
+            batch = Batch(batch.x0, xt, index, noisy.weight[rows].flatten()[index])
+        batches.append(batch)
+    return batches, blocks
+
+
+def loss_weights(s):
+    """{term of the loss: its weight}"""
+    weights = {"gpt": 1.0} if s.context == "causal" else {}
+    if s.draft_weight:
+        weights["draft" if s.local_window else "bound"] = s.draft_weight
+    return weights
+
+
+def loss_terms(s, nlls, weight, blocks):
+    """Those terms, in nats per token: this micro-batch's share of means over the global batch."""
+
+    def mixed(hard, soft):
+        return hard if soft is None else (1 - s.soft) * hard + s.soft * soft
+
+    terms = []
+    if nlls.gpt is not None:
+        terms.append(mixed(nlls.gpt, nlls.gpt_soft).sum() / (s.batch_size * (s.seq_len - 1)))
+    if nlls.masked is not None:
+        nll = mixed(nlls.masked, nlls.masked_soft)
+        terms.append(corrupt.masked_diffusion_loss(nll, weight, blocks))
+    return torch.stack(terms)
+
+
+# ---- optimizers and speed ------------------------------------------------------------------------
+
+
+def make_optimizers(model, s):
+    """[AdamW, Muon], or [AdamW]. Muon takes the matrices of the layers, those of attention head by
+    head; AdamW the rest."""
+    c, matrices, tables, vectors = model.config, {}, [], []
+    for name, p in model.named_parameters():
+        if s.optimizer == "muon" and name.startswith("layers.") and p.ndim == 2:
+            matrices.setdefault(name.split(".")[-2], []).append(p)
+        else:
+            (tables if p.ndim == 2 else vectors).append(p)
+    groups = [{"params": tables}, {"params": vectors, "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(groups, s.learning_rate, (s.beta1, s.beta2),
+                                    weight_decay=s.weight_decay, fused=True)]
+    if matrices:
+        heads = {"q_proj": c.n_head, "k_proj": c.n_kv_head, "v_proj": c.n_kv_head,
+                 "o_proj": c.n_head}
+        groups = [{"params": params, "heads": heads.get(name, 1), "by_columns": name == "o_proj"}
+                  for name, params in matrices.items()]
+        optimizers.append(Muon(groups, s.muon_lr, s.weight_decay))
+    return optimizers
+
+
+def step_flops(model, s):
+    """FLOPs of a step, as nanoGPT counts them: 6 for each weight that a token passes through, and
+    12 H D N a layer for attention. Clean tokens pass through the layers and, where it is causal,
+    the head; noisy ones through the layers, the local head and the head."""
+    c, head = model.config, model.head_weight().numel()
+    attention = 12 * c.n_layer * c.n_head * c.head_dim * c.seq_len
+    layers = sum(p.numel() for p in model.layers.parameters())
+    local = sum(p.numel() for p in model.local.mlp.parameters()) if model.local else 0
+    clean = 6 * (layers + (head if c.context == "causal" else 0)) + attention
+    noisy = 6 * (layers + local + head) + attention if s.draft_weight else 0
+    return s.batch_size * c.seq_len * (clean + noisy)
+
+
+# ---- the run -------------------------------------------------------------------------------------
+
+
+def budget_used(s, now):
+    """Share of the budget, in [0, 1]."""
+    by_steps = now.step / s.max_steps if s.max_steps else 0.0
+    by_clock = now.seconds / 60 / s.max_minutes if s.max_minutes else 0.0
+    return min(1.0, max(by_steps, by_clock))
+
+
+def require_finite(what, finite, step):
+    require(finite, f"{what} is not finite at step {step}: start again with a lower "
+            "--learning_rate and --muon_lr or more --warmup_steps; the last checkpoint is good")
+
+
+def log_line(s, row, now, weights, used):
+    """Training terms, in brackets those of the last validation; speed; the minutes to go."""
+    val = now.figures["nll"] if now.figures else {}
+    of = f"/{s.max_steps}" if s.max_steps else ""
+    terms = (f"{k} {row[k]:.3f} ({f'{val[k][0]:.3f}' if val else '  -  '})" for k in weights)
+    mfu = f" | mfu {row['mfu']:3.0%}" if "mfu" in row else ""
+    left = now.seconds / 60 * (1 / max(used, 1e-9) - 1)
+    return (f"step {now.step:6d}{of} | {' | '.join(terms)} | lr {row['lr']:.1e} | "
+            f"{row['tokens_per_second']:7,.0f} tok/s{mfu} | eta {left:.1f}m")
+
+
+def resume_command(s):
+    """The shell command that goes on with a run, by torchrun if it was."""
+    world = os.environ.get("LOCAL_WORLD_SIZE")
+    start = ["torchrun", f"--nproc_per_node={world}"] if world else ["python"]
+    return shlex.join([*start, sys.argv[0], f"--out_dir={s.out_dir}", "--init_from=resume"])
+
+
+def train(s, given=()):
+    """Train by settings s, of which the user chose those `given`. Returns an exit code."""
+    processes = machine.Processes()
+    rank, world, say = processes.rank, processes.world, processes.say
+
+    # ---- settings and data
+    with processes.together():
+        start = starting_point(s, given)
+        asked, resumed = public(vars(s)), s.init_from == "resume"
+        check(s, CHOICES, LEAST)
+        require(s.max_steps or s.max_minutes,
+                "set --max_steps or --max_minutes: the learning rate falls towards an end")
+        device = machine.choose_device(s.device, processes.local_rank)
+        if processes.main:
+            prepare_shipped(s.dataset)
+    with processes.together():
+        data, ar = Dataset(s.dataset, s.seq_len), s.draft_weight == 0
+        shape = {name: getattr(s, name) for name in SHAPE} | {"vocab_size": data.meta["vocab_size"]}
+        config = CascadeConfig(**(start["config"] if start else {}) | shape)
+        config.check_training(s.noise, s.corruption, s.draft_weight, s.soft, s.teacher != "")
+        eval.check_scoring(config, ar)
+        teacher, taught = checkpoint.load_model(s.teacher, device) if s.teacher else (None, None)
+        require(not resumed or start["meta"] == data.meta,
+                f"{data.folder} is other data than this run began with: prepare that again")
+        for where, other in ((s.teacher, taught), (s.init_from, start)):
+            if other:
+                data.require_vocabulary(other["meta"], where)
+        out = Path(s.out_dir)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+    on_cuda = device != "cpu"
+    dtype, why = machine.choose_dtype(s.dtype, device)
+    compiled = s.compile == "true" or (s.compile == "auto" and on_cuda)
+    flex = on_cuda and compiled and config.head_dim >= 16  # its kernels start at 16
+    s.batch_size = math.ceil(s.batch_size / world) * world
+
+    # ---- model and optimizers
+    torch.manual_seed(s.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
+    machine.keep_memory()
+    model = CascadeLM(config, "flex" if flex else "sdpa").to(device)
+    optimizers, origin = make_optimizers(model, s), "fresh weights"
+    # what is saved beside weights and optimizers: seconds of training with its validations; figures
+    # of the last validation and of the evaluation at the end; the least validation loss; log.csv
+    now = SimpleNamespace(step=0, seconds=0.0, figures=None, final=None, best=math.inf, best_step=0,
+                          log=[",".join(COLUMNS)])
+    if resumed:
+        model.load_state_dict(start["model"])
+        for optimizer, state in zip(optimizers, start["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        vars(now).update((name, start[name]) for name in vars(now))
+        origin = f"step {now.step} of {s.out_dir}"
+    elif start:
+        new = checkpoint.take_weights(model, start["model"])
+        origin = f"weights of {s.init_from}; fresh: {', '.join(new) or 'none'}"
+    wrapped = torch.compile(model) if compiled else model
+    if world > 1:
+        wrapped = DistributedDataParallel(wrapped, [device] if on_cuda else None)
+    weights, tokens, val = loss_weights(s), data.split("train"), data.split("val")
+    scale = torch.tensor([*weights.values()], device=device)
+    cast = partial(machine.autocast, device, dtype)
+    own_p = s.soft > 0 and not s.teacher and not ar
+    flops, peak = step_flops(model, s) / world, machine.peak_flops(device, dtype)
+
+    # ---- what will run, and why
+    name = torch.cuda.get_device_name(device) if on_cuda else device
+    say(f"device     {name}, processes: {world}")
+    say(f"dtype      {dtype}: {why}")
+    say(f"attention  {'FlexAttention' if flex else 'dense masks'}, torch.compile "
+        f"{'on' if compiled else 'off'}: this is {'a' if on_cuda else 'no'} GPU")
+    say(f"data       {data.name}: {len(tokens):,} train and {len(val):,} validation tokens")
+    say(f"model      {sum(p.numel() for p in model.parameters()):,} parameters, {origin}")
+    raised = f", raised from {asked['batch_size']} to a multiple of the processes"
+    say(f"step       {s.batch_size} sequences of {s.seq_len} tokens"
+        f"{raised if s.batch_size > asked['batch_size'] else ''}")
+    say("loss       " + " + ".join(f"{weight:g} {name}" for name, weight in weights.items()))
+    if not on_cuda and not start and not {"n_layer", "n_embd"} & set(given):
+        say("note       these are the sizes for a GPU; for a CPU: python train.py config/nano.py")
+    if s.wandb and processes.main:
+        wandb_run = optional("wandb").init(project="cascade", name=s.out_dir, config=asked)
+
+    def evaluate(windows):
+        x0 = eval.cut_windows(val, s.seq_len, windows)
+        return eval.evaluate(model, x0, ar, 0, s.micro_batch or 16, cast, processes)
+
+    def validate():  # sets what best.pt is the best by
+        found = evaluate(s.eval_windows)
+        loss = sum(weight * found.nll[name][0] for name, weight in weights.items())
+        require_finite("the validation loss", math.isfinite(loss), now.step)
+        now.figures = found._asdict()
+        if loss < now.best:
+            now.best, now.best_step = loss, now.step
+
+    def save():  # last.pt and log.csv, and best.pt if this is the best step so far
+        finite = all(bool(w.isfinite().all()) for w in model.state_dict().values())
+        require_finite("a weight", finite, now.step)
+        state = {"config": asdict(config), "settings": asked, "meta": data.meta,
+                 "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+        with processes.together(), writing(s.out_dir):
+            if processes.main:
+                if now.best_step in (0, now.step):  # 0: what stands there is of a replaced run
+                    checkpoint.save(out / "best.pt", state | vars(now))
+                (out / "log.csv").write_text("\n".join(now.log) + "\n")
+                checkpoint.save(out / "last.pt", state | vars(now))
+
+    # ---- the loop
+    began = time.perf_counter() - now.seconds
+    mark, total, norms, steps = time.perf_counter(), 0.0, 0.0, 0
+    used, stopped = budget_used(s, now), 0
+    with machine.Stop() as stop:
+        while used < 1 and not stopped:
+            factor = min(1.0, (now.step + 1) / max(1, s.warmup_steps))
+            factor *= s.final_lr + (1 - s.final_lr) * (1 - used)
+            for optimizer, peak_lr in zip(optimizers, (s.learning_rate, s.muon_lr), strict=False):
+                for group in optimizer.param_groups:
+                    group["lr"] = peak_lr * factor
+            batches, blocks = draw_batches(s, config.mask_id, tokens, now.step, rank, world)
+            for i, batch in enumerate(batches):
+                batch = Batch(*(t if t is None else t.to(device, non_blocking=True) for t in batch))
+                # gradients are exchanged once, after the last micro-batch
+                hold = world > 1 and i < len(batches) - 1
+                with wrapped.no_sync() if hold else nullcontext():
+                    with cast():
+                        nlls = wrapped(batch.x0, batch.xt, batch.index, teacher, own_p)
+                        terms = loss_terms(s, nlls, batch.weight, blocks)
+                    # DDP takes the mean over processes; these are shares of a global mean
+                    (terms @ scale * world).backward()
+                total += terms.detach()
+            norms += nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            now.step, steps = now.step + 1, steps + 1
+            now.seconds = time.perf_counter() - began
+            # the clock and the signals of rank 0 decide for all
+            used, stopped = processes.from_main(budget_used(s, now), stop.asked)
+            done = used >= 1 or stopped > 0
+            if now.step % s.log_every and now.step % s.eval_every and not done:
+                continue
+
+            require_finite("a gradient", math.isfinite(norms), now.step)
+            per_second = steps / (time.perf_counter() - mark)
+            row = dict(zip(weights, (processes.sum(total) / steps).tolist(), strict=True)) | {
+                "step": now.step, "seconds": now.seconds, "lr": s.learning_rate * factor,
+                "tokens_per_second": per_second * s.batch_size * s.seq_len}
+            if peak:
+                row["mfu"] = per_second * flops / peak
+            validates = now.step % s.eval_every == 0 and not done
+            if validates:
+                validate()
+                row |= {f"val_{name}": now.figures["nll"][name][0] for name in weights}
+                row["tokens_a_round"] = eval.tokens_a_round(now.figures["acceptance"])
+            say(log_line(s, row, now, weights, used))
+            now.log.append(",".join(f"{row[c]:.6g}" if c in row else "" for c in COLUMNS))
+            if s.wandb and processes.main:
+                wandb_run.log(row, step=now.step)
+            if validates:
+                save()
+            mark, total, norms, steps = time.perf_counter(), 0.0, 0.0, 0
+
+    # ---- the end
+    if stopped:
+        save()
+        say(f"stopped at step {now.step}, saved; go on with\n  {resume_command(s)}")
+        return 128 + int(stopped)
+    validate()
+    found = evaluate(s.final_windows)
+    now.final = found._asdict()
+    save()
+    say(f"\nafter {now.step} steps = {now.step * s.batch_size * s.seq_len:,} tokens in "
+        f"{now.seconds / 60:.1f} minutes; scored are the last {s.seq_len - s.seq_len // 4} tokens "
+        f"of {min(s.final_windows, len(val) // s.seq_len)} windows of {s.seq_len}\n{eval.HEAD}")
+    for line in eval.table_rows(found, data.bytes_per_token("val")):
+        say(line)
+    say(f"\ncheckpoint: {s.out_dir}/last.pt; the best validation was at step {now.best_step}: "
+        f"best.pt\nnext:       python eval.py --out_dir={s.out_dir}")
+    return 0
+
+
+@guarded
+def main(argv):
+    s, given = settings(DEFAULTS, argv)
+    try:
+        return train(s, given)
+    finally:
+        machine.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
