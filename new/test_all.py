@@ -7,28 +7,44 @@ One line each: PASS, FAIL or SKIP, the name, the seconds, what was measured and 
 The last line is `N passed, M failed, K skipped`; the exit code is 1 if any failed.
 """
 
+import inspect
+import io
 import itertools
 import math
 import multiprocessing
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+import eval
 import model
 import reference
+import train
 from corrupt import SCHEDULES, WEIGHTINGS, Rates, masked_diffusion_loss
 from corrupt import corrupt_all_blocks as all_blocks
 from corrupt import corrupt_target_block as target_block
 from model import CascadeConfig, CascadeLM, attention, clean_sees, noisy_sees
+from util import checkpoint, data, settings
+from util.hf import HFTokenizer
+from util.muon import Muon, orthogonalize
+from util.ngram import NGram
 
 HERE = Path(__file__).resolve().parent
 for message in ("flex_attention called without torch.compile", "Mismatch dtype"):
@@ -625,6 +641,489 @@ def test_memorisation():
     return within(max(found.values()), 0.5, f"from {before:.2f}: {said}; the worst")
 
 
+# ---- settings, data, the control -----------------------------------------------------------------
+
+TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "seq_len": 16, "block_size": 4, "batch_size": 4,
+        "max_steps": 8, "eval_every": 4, "log_every": 2, "eval_windows": 4, "final_windows": 8,
+        "learning_rate": 1e-2, "warmup_steps": 2, "device": "cpu", "dtype": "float32"}
+
+
+def tiny_data(folder, text="abc abd, bcd. " * 40):
+    """A prepared dataset of a few characters; returns its path, as --dataset takes it."""
+    where = Path(folder, "data")
+    with redirect_stdout(io.StringIO()):
+        data.write(where, data.CharTokenizer("".join(sorted(set(text)))), "a test", train=[text],
+                   val=[text[:200]])
+    return str(where)
+
+
+def flags(folder, **how):
+    """Arguments of train.py for a tiny run in folder/run."""
+    how = TINY | {"dataset": f"{folder}/data", "out_dir": f"{folder}/run"} | how
+    return [f"--{name}={value}" for name, value in how.items()]
+
+
+def command(main, argv):
+    """(exit code, stdout, stderr) of a script's main, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(argv)
+    return code, out.getvalue(), err.getvalue()
+
+
+def trained(folder, **how):
+    """The last checkpoint of a tiny run."""
+    tiny_data(folder)
+    code, _, err = command(train.main, flags(folder, **how))
+    assert code == 0, err
+    return checkpoint.load(Path(how.get("out_dir", f"{folder}/run"), "last.pt"))
+
+
+def test_settings(folder):
+    """Types, whatever they come from; later wins; a config file may begin with a byte order mark,
+    import and have names of its own; ~ is the home folder."""
+    defaults = {"steps": 10, "rate": 0.1, "on": False, "name": "x"}
+    for text, name, want in (
+        ("1e3", "steps", 1000), ("-2", "steps", -2),
+        ("12345678901234567", "steps", 12345678901234567),
+        ("1", "rate", 1.0), ("1e-3", "rate", 1e-3), ("TRUE", "on", True), ("0", "on", False),
+        ("a=b", "name", "a=b"), ("~/x", "name", os.path.expanduser("~/x")), ("", "name", ""),
+    ):
+        found, given = settings.settings(defaults, [f"--{name}={text}"])
+        value = getattr(found, name)
+        assert value == want and type(value) is type(want) and given == {name}, (text, value)
+    config = Path(folder, "c.py")
+    config.write_text("\ufeffimport math\n_n = int(math.pi) + 1\nsteps = _n * 5\nrate = 1\n")
+    found, given = settings.settings(defaults, ["--steps=1", str(config), "--rate=2"])
+    assert vars(found) == defaults | {"steps": 20, "rate": 2.0} and given == {"steps", "rate"}
+    wrong = ["--steps=1.5", "--steps=x", "--steps=inf", "--rate=nan", "--on=2", "--step=1", "--on",
+             "nothing.py"]
+    for i, text in enumerate(("steps = '1'\n1/0", "on = None", "name = 3", "stps = 1", "x = [1]")):
+        wrong.append(f"{folder}/{i}.py")
+        Path(wrong[-1]).write_text(text)
+    for arg in wrong:
+        refuses(settings.settings, "", defaults=defaults, argv=[arg])
+    refuses(settings.settings, "did you mean steps", defaults=defaults, argv=["--step=1"])
+    return f"10 values taken, {len(wrong)} refused"
+
+
+def test_tokenizers(folder):
+    """Text -> ids -> text, and again by the tokenizer that meta.json describes."""
+    text, skipped = "Grüße, 世界 \U0001f600\r\n\ttab, <|endoftext|>", []
+    found = [data.CharTokenizer("".join(sorted(set(text)))), data.ByteTokenizer()]
+    if "TIKTOKEN_CACHE_DIR" in os.environ:
+        found.append(data.GPT2Tokenizer())
+    else:
+        skipped.append("gpt2 ($TIKTOKEN_CACHE_DIR, with its files, is not set)")
+    try:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from tokenizers.decoders import ByteLevel
+
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        bpe = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = ByteLevel()
+        bpe.add_special_tokens([data.EOT])
+        found.append(HFTokenizer(bpe.to_str(), 300))
+        assert found[-1].eot == 256
+    except ImportError:
+        skipped.append("hf (tokenizers is not installed)")
+    for tokenizer in found:
+        with redirect_stdout(io.StringIO()):
+            data.write(folder, tokenizer, "a test", train=[text, text], val=[text])
+        read = data.Dataset(str(folder) + "/")
+        again, ids = read.tokenizer(), tokenizer.encode(text)
+        assert again.decode(ids) == text and (again.encode(text) == ids).all(), tokenizer.kind
+        assert ids.max() < tokenizer.vocab_size == read.meta["vocab_size"]
+        end = [] if tokenizer.eot is None else [tokenizer.eot]
+        assert read.split("train").tolist() == [*ids, *end] * 2
+        assert read.bytes_per_token("val") == len(text.encode()) / (len(ids) + len(end))
+    refuses(found[0].encode, "no 'q'", text="q")
+    said = f"; SKIPPED {', '.join(skipped)}" if skipped else ""
+    return f"{', '.join(t.kind for t in found)} round trip{said}"
+
+
+def test_ngram():
+    """Against counts in dictionaries; sums to one; higher orders predict better; unseen histories
+    fall back."""
+    text, V, losses = np.array([x % 7 for x in b"the quick brown fox, the quicker fox" * 5]), 9, []
+    before = np.array([[0, 0, 0], *(text[i : i + 3] for i in range(60)), [8, 8, 8]])
+    for order in (1, 2, 4):
+        control, slow = NGram(text, V, order), []
+        history = before[:, 3 - order + 1 :]
+        for h in history.tolist():
+            p = [1 / V] * V
+            for n in range(order):
+                tail = h[len(h) - n :]
+                count = Counter(int(text[i + n]) for i in range(len(text) - n)
+                                if text[i : i + n].tolist() == tail)
+                total = sum(count.values())
+                if total:
+                    rest = 0.75 * len(count) / total
+                    p = [max(count[x] - 0.75, 0) / total + rest * p[x] for x in range(V)]
+            slow.append(p)
+        fast = control.probabilities(history)
+        worst = np.abs(fast - np.array(slow)).max()
+        assert worst < 1e-12 and np.abs(fast.sum(axis=1) - 1).max() < 1e-12, worst
+        losses.append(-np.log(fast[np.arange(1, 61), text[3:63]]).mean())
+    assert losses[0] > losses[1] > losses[2], losses
+    said = ", ".join(f"{x:.2f}" for x in losses)
+    return within(worst, 1e-12, f"{said} nats by orders 1, 2, 4; max|diff|")
+
+
+def test_muon():
+    """The steps of torch.optim.Muon, which computes in bf16; matrices of attention head by head;
+    the momentum is in its state dict."""
+    draw, worst = partial(torch.randn, generator=generator()), 0.0
+    for shape in ((48, 48), (48, 96), (96, 48)):
+        ours = [torch.nn.Parameter(draw(shape)) for _ in range(2)]
+        theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+        a = Muon([{"params": ours}], 0.1, 0.1)
+        b = torch.optim.Muon(theirs, 0.1, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for _ in range(3):
+            for p, q in zip(ours, theirs, strict=True):
+                p.grad = q.grad = draw(shape)
+            a.step()
+            b.step()
+        worst = max(worst, *(diff(p, q) / 0.1 for p, q in zip(ours, theirs, strict=True)))
+    g = draw(12, 20)
+    for by_columns, pieces in ((False, g.chunk(4)), (True, g.chunk(4, dim=1))):
+        p = torch.nn.Parameter(torch.zeros(12, 20))
+        p.grad = g
+        Muon([{"params": [p], "heads": 4, "by_columns": by_columns}], 1.0, 0.0).step()
+        want = torch.cat([orthogonalize(x[None])[0] for x in pieces], dim=int(by_columns))
+        assert diff(p, -want * 0.2 * 20**0.5) < 1e-5, by_columns
+    return within(worst, 0.04, "of a step's learning rate, max|diff|")
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_evaluate():
+    """Every figure against the oracle: NLLs of the last three quarters of each window, acceptances
+    sum_x min(p, q) by place, the bound of fixed noise; whatever the batch size."""
+    worst = Worst()
+    for shape in ({"block_size": 4}, {"block_size": 4, "local_window": 0},
+                  {"block_size": 2, "context": "block"}):
+        net = tiny_model(seq_len=16, vocab_size=7, **shape)
+        c, state = net.config, net.state_dict()
+        x0 = torch.randint(7, (5, 16), generator=generator(1))
+        found, again = (eval.evaluate(net, x0, batch=batch) for batch in (2, 5))
+        assert found.nll.keys() == again.nll.keys() and net.training
+        noisy = all_blocks(x0, c.block_size, 7, generator(0))
+        full = torch.full_like(x0, 7)
+        slow = {}
+        if c.context == "causal":
+            nlls = reference.reference_nlls(state, c, x0, full)
+            slow = {"gpt": nlls["gpt"][:, 3:], "draft": nlls["masked"][:, 4:]}
+            p = reference.reference_logits(state, c, x0).softmax(-1)[:, 3:-1]
+            q = reference.reference_block_logits(state, c, x0, full).softmax(-1)[:, 4:]
+            a = torch.minimum(p, q).sum(-1).view(5, 3, 4).mean(dim=(0, 1))[1:]
+            worst.note("acceptance", torch.tensor(found.acceptance), a)
+            assert eval.tokens_a_round([0.5, 0.5, 0.2]) == 1.8
+        if not c.local_window:
+            nll = reference.reference_nlls(state, c, x0, noisy.xt)["masked"]
+            slow["bound"] = (nll * noisy.weight * c.block_size)[:, 4:]
+        assert found.nll.keys() == slow.keys(), found
+        for name, nll in slow.items():
+            mean, error = found.nll[name]
+            means = nll.mean(dim=1)
+            worst.note(name, torch.tensor(mean), means.mean())
+            worst.note("error", torch.tensor(error), means.std() / 5**0.5)
+            worst.note("batches", torch.tensor(again.nll[name][0]), torch.tensor(mean))
+    ar = eval.evaluate(tiny_model(seq_len=16, block_size=4, local_window=0), x0, ar=True)
+    assert ar.nll.keys() == {"gpt"} and ar.acceptance == []
+    assert eval.evaluate(net, x0[:1]).nll["bound"][1] is None, "one window has no standard error"
+    text = np.arange(1000)
+    cut = eval.cut_windows(text, 16, 7)
+    assert cut.shape == (7, 16) and (cut - cut[:, :1] == torch.arange(16)).all()
+    assert len(eval.cut_windows(text, 16, 0)) == len(eval.cut_windows(text, 16, 99)) == 62
+    return within(max(worst.values()), 5e-6, f"{worst}; all")
+
+
+@torch.no_grad()
+def test_replay():
+    """The NLL of a rule's own order, all blocks in one pass, against a loop that writes one block
+    after the other; with as many passes as tokens, left to right, it is the chain rule."""
+    net = tiny_model(seq_len=12, block_size=4, context="block", vocab_size=5, n_layer=1, n_head=2)
+    x0 = torch.randint(5, (3, 12), generator=generator(1))
+    state, c, worst = net.state_dict(), net.config, 0.0
+    for rule, K, limit in (("left_to_right", 1, 0), ("left_to_right", 3, 0),
+                           ("left_to_right", 4, 0), ("confidence", 2, 0), ("confidence", 4, 0),
+                           ("threshold", 1, 0.45), ("entropy", 1, 1.0)):
+        nll, passes = eval.replay(net, x0, rule, K, limit)
+        for row, b in itertools.product(range(3), range(3)):
+            masked, total, n = set(range(4)), 0.0, 0
+            while masked:
+                xt = x0[row : row + 1].clone()
+                xt[0, [4 * b + i for i in masked]] = 5
+                log_p = reference.reference_block_logits(state, c, x0[row : row + 1], xt)
+                log_p = log_p.log_softmax(-1)[0, 4 * b : 4 * b + 4]
+                sure = {i: log_p[i].exp().max().item() - 1e-6 * i for i in masked}
+                h = {i: -(log_p[i].exp() * log_p[i]).sum().item() for i in masked}
+                count = math.ceil(len(masked) / max(1, K - n))
+                best = sorted(masked, key=lambda i, s=sure: -s[i])
+                if rule == "left_to_right":
+                    new = sorted(masked)[:count]
+                elif rule == "confidence":
+                    new = best[:count]
+                elif rule == "threshold":
+                    new = [i for i in masked if sure[i] >= limit] or best[:1]
+                else:
+                    rising = sorted(masked, key=lambda i, h=h: h[i] + 1e-6 * i)
+                    before = itertools.accumulate((h[i] for i in rising), initial=0.0)
+                    new = [i for i, x in zip(rising, before, strict=False) if x <= limit]
+                total -= sum(log_p[i, x0[row, 4 * b + i]].item() for i in new)
+                masked, n = masked - set(new), n + 1
+            worst = max(worst, abs(nll[row, 4 * b : 4 * b + 4].sum().item() - total))
+            assert passes[row, b] == n, (rule, K, passes[row, b], n)
+    return within(worst, 5e-6, "4 rules, 7 settings; max|diff|")
+
+
+def test_eval_command(folder):
+    """The rows of each kind of model; the n-gram is the same whatever the model."""
+    rows = {}
+    for name, how in (("cascade", {}), ("gpt", {"draft_weight": 0, "local_window": 0, "soft": 0}),
+                      ("block", {"context": "block", "local_window": 0, "soft": 0,
+                                 "noise": "balanced"})):
+        trained(folder, **how, overwrite=True)
+        code, out, err = command(eval.main, [f"--out_dir={folder}/run"])
+        assert code == 0, err
+        rows[name] = out.splitlines()[2:]
+    names = {name: [row[:28].split("  ")[0] for row in found] for name, found in rows.items()}
+    assert names["cascade"] == ["GPT level", "draft: one pass a block", "5-gram"], names
+    assert names["gpt"] == ["GPT level", "5-gram"], names
+    assert names["block"][:2] == ["bound", "left_to_right, K = 1"] and len(rows["block"]) == 10
+    assert "<=" in rows["block"][0] and sum("<=" in row for row in rows["block"]) == 1
+    assert len({found[-1][:60] for found in rows.values()}) == 1, "the n-gram's"
+    rounds = [float(row.split()[-1]) for row in rows["cascade"][1:]]
+    assert all(1 <= x <= 4 for x in rounds), rounds
+    return "cascade 3 rows, GPT 2, block diffusion 10"
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def test_batches():
+    """A step's tokens and noise, drawn for the global batch: pieced together from the processes and
+    micro-batches they are the same; every step has others; a seed gives them again."""
+    text = np.random.default_rng(0).integers(0, 9, 500)
+    for how in ({}, {"noise": "balanced"}, {"noise": "uniform", "corruption": "target"},
+                {"draft_weight": 0.0}):
+        s = SimpleNamespace(**train.DEFAULTS | TINY | how)
+
+        def drawn(step=3, world=1, micro=0, s=s):
+            found = []
+            for rank in range(world):
+                s.micro_batch = micro
+                batches, blocks = train.draw_batches(s, 9, text, step, rank, world)
+                assert blocks == {"all": 16, "target": 4}[s.corruption] * (s.draft_weight > 0)
+                found += batches
+            x0 = torch.cat([b.x0 for b in found])
+            if s.draft_weight == 0:
+                assert all(b.xt is b.index is b.weight is None for b in found)
+                return [x0]
+            masks = [torch.zeros_like(b.x0, dtype=torch.float32) for b in found]
+            for mask, b in zip(masks, found, strict=True):
+                mask.view(-1)[b.index] = b.weight
+                assert (b.xt.flatten()[b.index] == 9).all() and (
+                    (b.xt == b.x0) | (b.xt == 9)).all()
+            return [x0, torch.cat([b.xt for b in found]), torch.cat(masks)]
+
+        whole = drawn()
+        for again in (drawn(), drawn(world=2), drawn(micro=1), drawn(world=2, micro=1),
+                      drawn(micro=3)):
+            assert all(map(torch.equal, whole, again)), how
+        assert not torch.equal(whole[0], drawn(step=4)[0])
+    return "4 kinds of noise, 1 and 2 processes, micro-batches"
+
+
+def test_processes(folder):
+    """torchrun with two processes, and micro-batches, end with the weights of one process, but for
+    rounding; a mistake is said once; a batch that does not divide is raised."""
+    how = {"max_steps": 4, "eval_every": 2}
+    whole = trained(folder, **how)
+    worst = Worst()
+    for micro in (1, 3):
+        small = trained(folder, **how, micro_batch=micro, out_dir=f"{folder}/m{micro}")
+        for name, p in small["model"].items():
+            worst.note("micro-batches", p, whole["model"][name])
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+           "train.py"]
+    run = partial(subprocess.run, cwd=HERE, capture_output=True, text=True, check=False,
+                  env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = run([*two, *flags(folder, **how, out_dir=f"{folder}/two")])
+    assert done.returncode == 0 and done.stdout.count("device ") == 1, done.stderr
+    both = checkpoint.load(f"{folder}/two/last.pt")
+    for name, p in both["model"].items():
+        worst.note("processes", p, whole["model"][name])
+    assert abs(both["figures"]["nll"]["gpt"][0] - whole["figures"]["nll"]["gpt"][0]) < 1e-5
+    failed = run([*two, *flags(folder, **how, out_dir=f"{folder}/two")])
+    assert failed.returncode != 0 and failed.stderr.count("error: ") == 1, failed.stderr
+    assert "holds a run" in failed.stderr
+    return within(max(worst.values()), 1e-5, f"{worst}; all")
+
+
+def test_resume_bitwise(folder):
+    """Killed three times without warning, resumed: the weights, the optimizers and the log are, bit
+    for bit, those of a run without interruption."""
+    how = {"max_steps": 120, "eval_every": 5, "log_every": 5, "wandb": False}
+    whole, killed = trained(folder, **how), 0
+    last, out = Path(folder, "killed", "last.pt"), f"{folder}/killed"
+    args = [sys.executable, "train.py", *flags(folder, **how, out_dir=out)]
+    for wait in (0.0, 0.03, 0.06):
+        running = subprocess.Popen(args, cwd=HERE, stdout=subprocess.DEVNULL,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        while running.poll() is None:
+            if last.exists() and last.stat().st_mtime_ns != before:
+                time.sleep(wait)
+                running.kill()
+                killed += running.wait() == -9
+                break
+            time.sleep(0.002)
+        args = [sys.executable, "train.py", f"--out_dir={out}", "--init_from=resume"]
+    steps = checkpoint.load(last)["step"]
+    code, _, err = command(train.main, [f"--out_dir={out}", "--init_from=resume"])
+    assert code == 0 and killed == 3 and steps < 120, (killed, steps, err)
+    again = checkpoint.load(last)
+    for a, b in ((whole["model"], again["model"]), (whole["optimizers"], again["optimizers"])):
+        assert str(a) == str(b)
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert whole["final"] == again["final"] and whole["figures"] == again["figures"]
+    rows = [Path(where, "log.csv").read_text().splitlines() for where in (f"{folder}/run", out)]
+    cells = [[row.split(",")[:1] + row.split(",")[2:-2] for row in table] for table in rows]
+    assert cells[0] == cells[1] and len(cells[0]) == 1 + 24, cells
+    return f"killed {killed} times, resumed at step {steps} of 120 at last"
+
+
+def test_signals(folder):
+    """Ctrl-C and SIGTERM finish the step, save, and print a command that goes on to the same
+    weights; a new run replaces an old one by its first checkpoint only."""
+    how = {"max_steps": 1000, "eval_every": 500, "log_every": 1}
+    tiny_data(folder)
+    old = trained(folder, max_steps=4)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        args = [sys.executable, "-u", "train.py", *flags(folder, **how, overwrite=True)]
+        running = subprocess.Popen(args, cwd=HERE, text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
+        for line in running.stdout:
+            if line.startswith("step      3"):
+                break
+        assert checkpoint.load(f"{folder}/run/last.pt")["step"] == old["step"]
+        running.send_signal(number)
+        out, err = running.communicate()
+        assert running.returncode == 128 + number and not err, (running.returncode, err)
+        old = checkpoint.load(f"{folder}/run/last.pt")
+        told = out.splitlines()
+        assert told[-2].startswith(f"stopped at step {old['step']}") and old["step"] < 500, told
+        assert checkpoint.load(f"{folder}/run/best.pt")["step"] == old["step"], "of the old run"
+    again = shlex.split(told[-1])
+    assert again[:2] == ["python", "train.py"], again
+    code, _, err = command(train.main, [*again[2:], f"--max_steps={old['step'] + 1}"])
+    assert code == 0, err
+    return f"stopped by SIGINT and SIGTERM, the last at step {old['step']}"
+
+
+def test_starting_points(folder):
+    """From another run's weights: a GPT learns to draft, a cascade gets other blocks, an AR model
+    starts where the GPT level was. With a teacher both levels learn from its p."""
+    gpt = trained(folder, draft_weight=0, local_window=0, soft=0, out_dir=f"{folder}/gpt")
+    new = trained(folder, init_from=f"{folder}/gpt", local_window=3, max_steps=1, learning_rate=0,
+                  muon_lr=0, out_dir=f"{folder}/new", n_layer=1)
+    for name, p in gpt["model"].items():
+        assert torch.equal(p, new["model"][name]), name
+    assert new["model"].keys() - gpt["model"].keys() == {
+        f"local.{x}.weight" for x in ("norm", "embed", "mlp.gate_proj", "mlp.up_proj",
+                                      "mlp.down_proj")}
+    assert new["final"]["nll"]["gpt"] == gpt["final"]["nll"]["gpt"]
+    code, _, err = command(train.main, [f"--init_from={folder}/new", f"--dataset={folder}/data",
+                                        "--max_steps=1", f"--out_dir={folder}/same"])
+    same = checkpoint.load(f"{folder}/same/last.pt")
+    assert code == 0 and same["config"] == new["config"], err
+    taught = trained(folder, teacher=f"{folder}/gpt", soft=1, max_steps=60, out_dir=f"{folder}/t")
+    assert taught["final"]["nll"]["gpt"][0] < 1.5
+    return f"taught to {taught['final']['nll']['gpt'][0]:.2f} nats by p alone"
+
+
+def test_configs(folder):
+    """Every config file trains: made tiny, two steps, to its table."""
+    names = sorted(path.name for path in (HERE / "config").glob("*.py"))
+    tiny = {k: v for k, v in TINY.items() if k not in ("block_size", "seq_len")}
+    for name in names:
+        how = tiny | {"seq_len": 64, "max_steps": 2, "max_minutes": 0, "eval_windows": 2}
+        tiny_data(folder, "To be, or not to be. " * 40)
+        argv = flags(folder, **how)
+        argv.remove("--block_size=4")
+        code, out, err = command(train.main, [f"config/{name}", *argv, "--overwrite=true"])
+        assert code == 0 and "nats/token" in out, (name, err)
+        said = {"ar": "1 gpt\n", "bd3lm": "1 bound\n"}.get(name[:-3], "1 gpt + 1 draft\n")
+        assert f"loss       {said}" in out, name
+    s = SimpleNamespace(**train.DEFAULTS)
+    config = CascadeConfig(**{k: getattr(s, k) for k in train.SHAPE})
+    config.check_training(s.noise, s.corruption, s.draft_weight, s.soft)
+    with torch.device("meta"):
+        count = sum(p.numel() for p in CascadeLM(config).parameters())
+    assert 13e6 < count < 15e6, count
+    return f"{', '.join(names)}; the defaults have {count / 1e6:.1f}M parameters"
+
+
+def test_mistakes(folder):
+    """A user's mistake: exit code 2, one line on stderr that names it, and out_dir untouched."""
+    trained(folder)
+    run, other = Path(folder, "run"), f"{folder}/other"
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    Path(folder, "bad.pt").write_bytes(before["last.pt"][:5000])
+    torch.save({"model": {}}, f"{folder}/foreign.pt")
+    tiny_data(other, "xyz, zyx. " * 60)
+    resume = [f"--out_dir={run}", "--init_from=resume"]
+    fresh = partial(flags, folder, out_dir=f"{folder}/fresh")
+    for word, argv in (
+        ("holds a run", flags(folder)), ("did you mean", fresh(n_layers=2)),
+        ("int", fresh(n_layer="two")), ("no config file", ["config/nothing.py"]),
+        ("written --key=value", ["--overwrite"]), ("no dataset", fresh(dataset="nothing")),
+        ("multiple", fresh(seq_len=18)), ("divisible", fresh(n_head=3)),
+        ("more text", fresh(seq_len=400)), ("seq_len / 4", fresh(
+            context="block", local_window=0, soft=0, noise="balanced", block_size=8)),
+        ("context", fresh(context="both")), ("noise=full", fresh(noise="balanced")),
+        ("mask rates", fresh(m_min=0, noise="uniform", local_window=0, soft=0)),
+        ("soft", fresh(soft=0, teacher=str(run))), ("no checkpoint", fresh(teacher="nothing")),
+        ("or more", fresh(batch_size=0)), ("max_minutes", fresh(max_steps=0)),
+        ("not on this machine", fresh(device="cuda:9")), ("dtype", fresh(dtype="float16")),
+        ("there is no", fresh(init_from="resume")), ("no checkpoint", fresh(init_from="nothing")),
+        ("damaged", fresh(init_from=f"{folder}/bad.pt")),
+        ("no config", fresh(init_from=f"{folder}/foreign.pt")),
+        ("vocabulary", fresh(init_from=str(run), dataset=f"{other}/data")),
+        ("leave --n_embd out", fresh(init_from=str(run), n_embd=32)),
+        ("other data", [*resume, f"--dataset={other}/data"]),
+        ("leave --learning_rate out", [*resume, "--learning_rate=1"]),
+        ("not finite", fresh(learning_rate=1e30, grad_clip=0, final_lr=1, warmup_steps=0)),
+        ("cannot write", fresh(out_dir=f"{folder}/bad.pt/x")),
+    ):
+        code, _, err = command(train.main, argv)
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, (word, code, err)
+        assert word in err, (word, err)
+    for word, argv in (("no checkpoint", ["--out_dir=nothing"]), ("or more", ["--batch=0"]),
+                       ("vocabulary", [f"--out_dir={run}", f"--dataset={other}/data"]),
+                       ("no split", [f"--out_dir={run}", "--split=test"])):
+        code, _, err = command(eval.main, argv)
+        assert code == 2 and err.count("\n") == 1 and word in err, (word, err)
+    for name, content in (("meta.json", b"{"), ("val.bin", b"1")):
+        broken = Path(tiny_data(Path(folder, "broken")), name)
+        broken.write_bytes(content)
+        code, _, err = command(train.main, fresh(dataset=str(broken.parent)))
+        assert code == 2 and "damaged" in err, err
+    assert before == {p.name: p.read_bytes() for p in run.iterdir()}, "a file was touched"
+    assert not list(Path(folder, "fresh").glob("*.pt")), "something was saved"
+    with patch.object(train, "make_optimizers", side_effect=ZeroDivisionError):
+        try:
+            command(train.main, fresh())
+        except ZeroDivisionError:
+            return "35 mistakes; a bug keeps its traceback"
+    raise AssertionError("a bug became a message")
+
+
 # ---- the runner ----------------------------------------------------------------------------------
 
 
@@ -632,8 +1131,11 @@ def run(name):
     """(verdict, seconds, what to say) of one test."""
     torch.set_num_threads(1)  # the models here are tiny: a second thread would only wait
     began = time.perf_counter()
+    test = globals()[name]
     try:
-        verdict, line = "PASS", globals()[name]()
+        with tempfile.TemporaryDirectory() as folder:  # for those that ask for one
+            asks = inspect.signature(test).parameters
+            verdict, line = "PASS", test(folder) if asks else test()
     except Skip as e:
         verdict, line = "SKIP", str(e)
     except Exception as e:
