@@ -2,6 +2,7 @@
 together with the old tree.
 
     python new/against_old.py
+    python new/against_old.py out/nano/last.pt out/old.pt      an old checkpoint for new/eval.py
 
 Logits, NLLs and gradients in float64 and float32; then the CPU seconds of forward and backward,
 interleaved: medians and quartiles of the rounds' ratios.
@@ -12,6 +13,7 @@ import statistics
 import sys
 import time
 from contextlib import ExitStack
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -32,13 +34,14 @@ def load(folder, *names):
     sys.path.insert(0, str(folder))
     modules = [importlib.import_module(name) for name in names]
     sys.path.pop(0)
-    for name in NAMES:
-        sys.modules.pop(name, None)
+    for name in [*sys.modules]:
+        if name in NAMES or name.partition(".")[0] == "util":
+            del sys.modules[name]
     return modules
 
 
 old_corrupt, old_model, old_eval = load(HERE.parent, "corrupt", "model", "eval")
-corrupt, model = load(HERE, "corrupt", "model")
+corrupt, model, checkpoint = load(HERE, "corrupt", "model", "util.checkpoint")
 
 
 def old_name(name):
@@ -170,7 +173,21 @@ def times(name, new, old, bf16, rounds=30, steps=4):
           f"{new_ms:.1f} ms for {old_ms:.1f}")
 
 
+def convert(old_path, new_path):
+    state = torch.load(old_path, map_location="cpu", weights_only=True)
+    config = {f.name: state["config"][f.name] for f in fields(model.CascadeConfig)}
+    net, ar = model.CascadeLM(model.CascadeConfig(**config)), state["config"]["objective"] == "ar"
+    net.load_state_dict({name: state["model"][old_name(name)] for name in net.state_dict()})
+    known = {"config": config, "model": net.state_dict(), "step": state["step"],
+             "settings": {"draft_weight": 0 if ar else 1, "dataset": state["settings"]["dataset"]},
+             "meta": state["meta"] | {"eot": state["meta"].get("eot")}}
+    checkpoint.save(new_path, known)
+
+
 def main():
+    if len(sys.argv) == 3:
+        convert(*sys.argv[1:])
+        return
     parity(torch.float64, 1e-10)
     parity(torch.float32, 1e-5)
     torch.set_num_threads(1)

@@ -17,13 +17,13 @@ scored, so that every model has some context, and every block size is scored on 
 
 tokens a round is an estimate for verified decoding: 1 + a_1 + a_1 a_2 + ... where a_i is the mean
 of sum_x min(p(x), q(x)) over the text, p the GPT level's and q the i-th draft's distribution. Draft
-i stands at place i + 1 of a block. The n-gram's is what it would give as the drafter. Everything is
-float32 with float64 sums. +- is a standard error over windows, taken as independent.
+i stands at place i + 1 of a block. The n-gram's is what it would give as the drafter. The model
+computes in float32 here, in training as it trains. +- is a standard error over windows, taken as
+independent.
 """
 
 import math
 import sys
-from contextlib import nullcontext
 from typing import NamedTuple
 
 from util.machine import choose_device  # first: it says what an old torch lacks
@@ -35,7 +35,7 @@ import torch.nn.functional as F
 
 from corrupt import corrupt_all_blocks
 from model import at_least_float32, left_tokens
-from sample import ADAPTIVE, RULES
+from sample import RULES
 from util import checkpoint
 from util.data import Dataset
 from util.ngram import NGram
@@ -49,13 +49,11 @@ windows = 512  # how many to score; 0: all
 rule_windows = 128  # how many for rules, which take K passes
 ngram = 5  # order of the control; 0: none
 batch = 16  # windows in a pass
-seed = 0  # of the bound's noise
 device = "auto"
 # --------------------------------------------------------------------------------------------------
 DEFAULTS = public(dict(globals()))
-LEAST = {"windows": 0, "rule_windows": 1, "ngram": 0, "batch": 1, "seed": 0}
+LEAST = {"windows": 0, "rule_windows": 1, "ngram": 0, "batch": 1}
 NGRAM_TOKENS = 10**7  # it counts no more of the training text: its tables stay in memory
-LIMITS = {"threshold": 0.9, "entropy": 0.1}  # probability; nats
 
 
 class Figures(NamedTuple):
@@ -69,10 +67,11 @@ class Figures(NamedTuple):
 
 
 def check_scoring(config, ar):
-    """UserError if the scored part of a window is not whole blocks, where blocks are scored."""
-    quarter, S = config.seq_len / 4, config.block_size
-    require(ar or config.local_window or quarter % S == 0,
-            f"scoring by blocks needs seq_len / 4 = {quarter:g} to be a multiple of block_size {S}")
+    """UserError if windows have no part that can be scored; bounds are scored by whole blocks."""
+    N, S = config.seq_len, config.block_size
+    require(N >= 4 and (ar or N >= 2 * S), f"seq_len {N} is too short to score blocks of {S}")
+    require(ar or config.local_window or N % (4 * S) == 0,
+            f"a bound needs seq_len / 4 = {N / 4:g} to be a multiple of block_size {S}")
 
 
 def cut_windows(tokens, N, count):
@@ -142,24 +141,23 @@ def score_levels(model, x0, mask, weight, ar):
 
 
 @torch.no_grad()
-def evaluate(model, x0, ar=False, seed=0, batch=16, context=nullcontext, processes=None):
-    """`Figures` of windows x0 (W, N) on the CPU, which `processes` share out. `context` makes the
-    autocast; `ar`: an AR model, whose noisy stream was never trained."""
+def evaluate(model, x0, ar=False, batch=16, processes=None):
+    """`Figures` of windows x0 (W, N) on the CPU, which `processes` share out. ar: an AR model,
+    whose noisy stream was never trained. The bound's noise is always the same."""
     c, was_training = model.config, model.training
     model.eval()
     world, rank = (processes.world, processes.rank) if processes else (1, 0)
-    noisy = corrupt_all_blocks(x0, c.block_size, c.mask_id, torch.Generator().manual_seed(seed))
+    noisy = corrupt_all_blocks(x0, c.block_size, c.mask_id, torch.Generator().manual_seed(0))
     found = {}
-    for rows in torch.arange(rank, len(x0), world).split(batch):
-        how = (t[rows].to(model.cos.device) for t in (x0, noisy.mask, noisy.weight))
-        with context():
-            for name, each in score_levels(model, *how, ar).items():
-                found.setdefault(name, torch.zeros(x0.shape, dtype=torch.float64))
-                found[name][rows] = each.cpu()
+    for rows in torch.arange(len(x0))[rank::world].split(batch):
+        text, mask, weight = (t[rows].to(model.cos.device) for t in (x0, noisy.mask, noisy.weight))
+        for name, each in score_levels(model, text, mask, weight, ar).items():
+            found.setdefault(name, torch.zeros(x0.shape, dtype=torch.float64))
+            found[name][rows] = each.cpu()
     model.train(was_training)
     if processes:
         found = {name: processes.sum(x) for name, x in found.items()}
-    acceptance = found.pop("acceptance", None)
+    acceptance = found.pop("acceptance", None)  # the others are NLLs
     places = [] if acceptance is None else by_place(acceptance, c.block_size)
     return Figures({name: mean_and_error(x) for name, x in found.items()}, places)
 
@@ -234,7 +232,7 @@ def table_rows(figures, bytes_per_token):
 @guarded
 def main(argv):
     s, _ = settings(DEFAULTS, argv)
-    check(s, {}, LEAST)
+    check(s, {}, LEAST, {})
     model, state = checkpoint.load_model(s.out_dir, choose_device(s.device))
     c, ar = model.config, state["settings"]["draft_weight"] == 0
     data = Dataset(s.dataset or state["settings"]["dataset"], c.seq_len)
@@ -244,15 +242,14 @@ def main(argv):
     x0 = cut_windows(text, c.seq_len, s.windows)
     print(f"{s.out_dir}, step {state['step']}: {s.split} of {data.name}, the last "
           f"{c.seq_len - c.seq_len // 4} tokens of {len(x0)} windows of {c.seq_len}\n{HEAD}")
-    for line in table_rows(evaluate(model, x0, ar, s.seed, s.batch), ratio):
+    for line in table_rows(evaluate(model, x0, ar, s.batch), ratio):
         print(line, flush=True)
     if c.context == "block":
-        few = cut_windows(text, c.seq_len, s.rule_windows)
-        S = c.block_size
-        rows = [(rule, K) for rule in ("left_to_right", "confidence") for K in sorted({1, 2, S})]
-        for rule, K in [*rows, *((rule, 1) for rule in ADAPTIVE)]:
-            found = [replay(model, x.to(model.cos.device), rule, K, LIMITS.get(rule, 0.0))
-                     for x in few.split(s.batch)]
+        few = cut_windows(text, c.seq_len, s.rule_windows).to(model.cos.device)
+        rows = [(rule, K, 0.0) for rule in ("left_to_right", "confidence")
+                for K in sorted({1, 2, c.block_size})]
+        for rule, K, limit in [*rows, ("threshold", 1, 0.9), ("entropy", 1, 0.1)]:
+            found = [replay(model, x, rule, K, limit) for x in few.split(s.batch)]
             nll, passes = (torch.cat(x).cpu() for x in zip(*found, strict=True))
             name = f"{rule}, K = {passes.double().mean():.3g}"
             print(table_row(name, mean_and_error(nll), ratio), flush=True)

@@ -252,7 +252,7 @@ class NLLs(NamedTuple):
 class CascadeLM(nn.Module):
     """The language model. Its weights have a Llama's names (with q/k norm a Qwen3's) but for the
     local head; embed_tokens has a row more, for [MASK]. The path of masked attention is "sdpa", by
-    dense masks, anywhere, or "flex", FlexAttention, for CUDA under torch.compile."""
+    dense masks, or in training "flex", FlexAttention, for CUDA under torch.compile."""
 
     def __init__(self, config, path="sdpa"):
         super().__init__()
@@ -311,7 +311,8 @@ class CascadeLM(nn.Module):
         require(N <= self.config.seq_len, f"{N} tokens exceed seq_len {self.config.seq_len}")
         require(xt is None or N % S == 0, f"{N} noisy tokens are not whole blocks of {S}")
         causal = self.config.context == "causal"
-        build = build_block_causal_mask if self.path == "sdpa" else build_flex_mask
+        flex = self.path == "flex" and self.training
+        build = build_flex_mask if flex else build_block_causal_mask
         clean_mask = None if causal else build(N, S, device, clean_sees, 1)
         noisy_mask = None if xt is None else build(N, S, device, noisy_sees, 2)
 

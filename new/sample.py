@@ -41,7 +41,6 @@ def entropy(log_p, masked, count, limit, score):
 
 
 RULES = {f.__name__: f for f in (random, left_to_right, confidence, threshold, entropy)}
-ADAPTIVE = ("threshold", "entropy")
 
 
 def from_the_left(masked):

@@ -9,7 +9,8 @@
 
 A run leaves last.pt, best.pt and log.csv in out_dir. Batches and noise are pure functions of (seed,
 step), drawn for the global batch and then sliced. So a resumed run, more processes or smaller
-micro-batches compute the same thing. With max_minutes the learning rate follows the clock.
+micro-batches compute the same thing, if the processes divide the batch. With max_minutes the
+learning rate follows the clock.
 """
 
 import math
@@ -54,7 +55,7 @@ block_size = 16  # S, tokens in a diffusion block
 n_layer = 6  # 6 layers of 4 x 384 x 384 + 3 x 384 x 1024 = 1.77M
 n_head = 6
 n_kv_head = 0  # 0: as many as n_head
-n_embd = 384  # with a local head of 3.6M parameters 14M in all
+n_embd = 384  # with a local head of 3.5M parameters 14M in all
 n_hidden = 0  # width of the MLP; 0: 8/3 n_embd
 tie_embeddings = False
 qk_norm = True
@@ -108,12 +109,14 @@ CHOICES = {
 LEAST = dict.fromkeys("batch_size log_every eval_every eval_windows final_windows".split(), 1)
 LEAST |= dict.fromkeys("draft_weight soft max_steps max_minutes micro_batch learning_rate muon_lr "
                        "weight_decay beta1 beta2 grad_clip warmup_steps final_lr seed".split(), 0)
+MOST = {"soft": 1, "beta1": 0.9999, "beta2": 0.9999, "seed": 2**32}
 # what a resumed run may be given anew: budget, reports and machine, but not the mathematics
 FREE = set("out_dir init_from overwrite dataset max_steps max_minutes micro_batch log_every "
            "eval_every eval_windows final_windows wandb device dtype compile".split())
 SHAPE = {f.name for f in fields(CascadeConfig)} & DEFAULTS.keys()
-# what the weights of another run determine
+# what the weights of another run determine, and what is taken from it where it is not given
 FIXED = set("n_layer n_head n_kv_head n_embd n_hidden tie_embeddings qk_norm".split())
+TAKEN = SHAPE | {"noise", "corruption", "soft"}
 COLUMNS = ("step", "seconds", "gpt", "draft", "bound", "val_gpt", "val_draft", "val_bound",
            "tokens_a_round", "lr", "tokens_per_second", "mfu")  # of log.csv; nats per token
 
@@ -131,13 +134,12 @@ def starting_point(s, given):
         return None
     require(not resume or last.exists(), f"there is no {last}: leave --init_from=resume out")
     start = checkpoint.load(last if resume else checkpoint.find(s.init_from))
+    before = DEFAULTS | start["settings"]
     if resume:
-        before, fixed = DEFAULTS | start["settings"], DEFAULTS.keys() - FREE
-        names = DEFAULTS.keys() - {"out_dir", "init_from", "overwrite"}
+        names, fixed = DEFAULTS.keys() - {"out_dir", "init_from", "overwrite"}, before.keys() - FREE
     else:
-        before, fixed, names = start["config"], FIXED, set(SHAPE)
-        if start["settings"]["draft_weight"] == 0:  # a GPT, which says nothing of drafts
-            names -= {"block_size", "local_window", "local_hidden"}
+        is_gpt, before = before["draft_weight"] == 0, before | start["config"]
+        names, fixed = FIXED | {"seq_len"} if is_gpt else TAKEN, FIXED  # a GPT knows no drafts
     for name in names:
         if name not in given:
             setattr(s, name, before[name])
@@ -167,7 +169,8 @@ def draw_batches(s, mask_id, tokens, step, rank=0, world=1):
     if s.draft_weight:
         target = s.corruption == "target"
         draw = corrupt.corrupt_target_block if target else corrupt.corrupt_all_blocks
-        blank = torch.zeros(s.batch_size, s.seq_len, dtype=torch.int64)  # noise sees no token
+        # masks do not depend on tokens: drawn on zeros, they are applied to this process's rows
+        blank = torch.zeros(s.batch_size, s.seq_len, dtype=torch.int64)
         rates = corrupt.Rates(s.m_min, s.clip_low, s.clip_high)
         noisy = draw(blank, s.block_size, mask_id, generator, s.noise, rates, s.weighting)
         blocks = noisy.block.numel()
@@ -193,8 +196,8 @@ def loss_weights(s):
 def loss_terms(s, nlls, weight, blocks):
     """Those terms, in nats per token: this micro-batch's share of means over the global batch."""
 
-    def mixed(hard, soft):
-        return hard if soft is None else (1 - s.soft) * hard + s.soft * soft
+    def mixed(nll, cross_entropy):
+        return nll if cross_entropy is None else (1 - s.soft) * nll + s.soft * cross_entropy
 
     terms = []
     if nlls.gpt is not None:
@@ -231,8 +234,8 @@ def make_optimizers(model, s):
 
 def step_flops(model, s):
     """FLOPs of a step, as nanoGPT counts them: 6 for each weight that a token passes through, and
-    12 H D N a layer for attention. Clean tokens pass through the layers and, where it is causal,
-    the head; noisy ones through the layers, the local head and the head."""
+    12 H D N a layer for attention. Clean tokens pass through the layers and, where they are causal,
+    the head; noisy ones, as if all were masked, through the layers, the local head and the head."""
     c, head = model.config, model.head_weight().numel()
     attention = 12 * c.n_layer * c.n_head * c.head_dim * c.seq_len
     layers = sum(p.numel() for p in model.layers.parameters())
@@ -283,26 +286,31 @@ def train(s, given=()):
     # ---- settings and data
     with processes.together():
         start = starting_point(s, given)
-        asked, resumed = public(vars(s)), s.init_from == "resume"
-        check(s, CHOICES, LEAST)
+        check(s, CHOICES, LEAST, MOST)
         require(s.max_steps or s.max_minutes,
                 "set --max_steps or --max_minutes: the learning rate falls towards an end")
-        device = machine.choose_device(s.device, processes.local_rank)
+        asked, resumed, ar = public(vars(s)), s.init_from == "resume", s.draft_weight == 0
+        device = machine.choose_device(s.device, processes.local_rank, world)
+        wandb = optional("wandb") if s.wandb else None
         if processes.main:
             prepare_shipped(s.dataset)
     with processes.together():
-        data, ar = Dataset(s.dataset, s.seq_len), s.draft_weight == 0
+        data, teacher, out = Dataset(s.dataset, s.seq_len), None, Path(s.out_dir)
         shape = {name: getattr(s, name) for name in SHAPE} | {"vocab_size": data.meta["vocab_size"]}
-        config = CascadeConfig(**(start["config"] if start else {}) | shape)
+        if start:  # head_dim, rope_base and norm_eps are no settings
+            shape = start["config"] | shape
+        config = CascadeConfig(**shape)
         config.check_training(s.noise, s.corruption, s.draft_weight, s.soft, s.teacher != "")
         eval.check_scoring(config, ar)
-        teacher, taught = checkpoint.load_model(s.teacher, device) if s.teacher else (None, None)
         require(not resumed or start["meta"] == data.meta,
                 f"{data.folder} is other data than this run began with: prepare that again")
-        for where, other in ((s.teacher, taught), (s.init_from, start)):
-            if other:
-                data.require_vocabulary(other["meta"], where)
-        out = Path(s.out_dir)
+        if start:
+            data.require_vocabulary(start["meta"], s.init_from)
+        if s.teacher:
+            teacher, other = checkpoint.load_model(s.teacher, device)
+            data.require_vocabulary(other["meta"], s.teacher)
+            require(teacher.config.context == "causal" and teacher.config.seq_len >= s.seq_len,
+                    f"{s.teacher} cannot teach: it needs context=causal and this seq_len or more")
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
     on_cuda = device != "cpu"
@@ -332,7 +340,8 @@ def train(s, given=()):
         origin = f"weights of {s.init_from}; fresh: {', '.join(new) or 'none'}"
     wrapped = torch.compile(model) if compiled else model
     if world > 1:
-        wrapped = DistributedDataParallel(wrapped, [device] if on_cuda else None)
+        devices = [device] if on_cuda else None
+        wrapped = DistributedDataParallel(wrapped, devices, broadcast_buffers=False)
     weights, tokens, val = loss_weights(s), data.split("train"), data.split("val")
     scale = torch.tensor([*weights.values()], device=device)
     cast = partial(machine.autocast, device, dtype)
@@ -343,8 +352,8 @@ def train(s, given=()):
     name = torch.cuda.get_device_name(device) if on_cuda else device
     say(f"device     {name}, processes: {world}")
     say(f"dtype      {dtype}: {why}")
-    say(f"attention  {'FlexAttention' if flex else 'dense masks'}, torch.compile "
-        f"{'on' if compiled else 'off'}: this is {'a' if on_cuda else 'no'} GPU")
+    say(f"attention  {'FlexAttention' if flex else 'dense masks'}, "
+        f"{'compiled' if compiled else 'not compiled: that pays on a GPU'}")
     say(f"data       {data.name}: {len(tokens):,} train and {len(val):,} validation tokens")
     say(f"model      {sum(p.numel() for p in model.parameters()):,} parameters, {origin}")
     raised = f", raised from {asked['batch_size']} to a multiple of the processes"
@@ -353,12 +362,13 @@ def train(s, given=()):
     say("loss       " + " + ".join(f"{weight:g} {name}" for name, weight in weights.items()))
     if not on_cuda and not start and not {"n_layer", "n_embd"} & set(given):
         say("note       these are the sizes for a GPU; for a CPU: python train.py config/nano.py")
-    if s.wandb and processes.main:
-        wandb_run = optional("wandb").init(project="cascade", name=s.out_dir, config=asked)
+    if wandb and processes.main:
+        wandb.init(project="cascade", name=s.out_dir, config=asked)
 
     def evaluate(windows):
-        x0 = eval.cut_windows(val, s.seq_len, windows)
-        return eval.evaluate(model, x0, ar, 0, s.micro_batch or 16, cast, processes)
+        with cast():
+            x0 = eval.cut_windows(val, s.seq_len, windows)
+            return eval.evaluate(model, x0, ar, s.micro_batch or 16, processes)
 
     def validate():  # sets what best.pt is the best by
         found = evaluate(s.eval_windows)
@@ -375,7 +385,7 @@ def train(s, given=()):
                  "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
         with processes.together(), writing(s.out_dir):
             if processes.main:
-                if now.best_step in (0, now.step):  # 0: what stands there is of a replaced run
+                if now.best_step in (0, now.step):  # 0: best.pt may be of the run that is replaced
                     checkpoint.save(out / "best.pt", state | vars(now))
                 (out / "log.csv").write_text("\n".join(now.log) + "\n")
                 checkpoint.save(out / "last.pt", state | vars(now))
@@ -411,8 +421,8 @@ def train(s, given=()):
             now.seconds = time.perf_counter() - began
             # the clock and the signals of rank 0 decide for all
             used, stopped = processes.from_main(budget_used(s, now), stop.asked)
-            done = used >= 1 or stopped > 0
-            if now.step % s.log_every and now.step % s.eval_every and not done:
+            validates = used >= 1 or now.step % s.eval_every == 0
+            if not (validates or stopped or now.step % s.log_every == 0):
                 continue
 
             require_finite("a gradient", math.isfinite(norms), now.step)
@@ -422,25 +432,23 @@ def train(s, given=()):
                 "tokens_per_second": per_second * s.batch_size * s.seq_len}
             if peak:
                 row["mfu"] = per_second * flops / peak
-            validates = now.step % s.eval_every == 0 and not done
             if validates:
                 validate()
                 row |= {f"val_{name}": now.figures["nll"][name][0] for name in weights}
-                row["tokens_a_round"] = eval.tokens_a_round(now.figures["acceptance"])
-            say(log_line(s, row, now, weights, used))
+                if now.figures["acceptance"]:
+                    row["tokens_a_round"] = eval.tokens_a_round(now.figures["acceptance"])
             now.log.append(",".join(f"{row[c]:.6g}" if c in row else "" for c in COLUMNS))
-            if s.wandb and processes.main:
-                wandb_run.log(row, step=now.step)
-            if validates:
+            if wandb and processes.main:
+                wandb.log(row, step=now.step)
+            if validates or stopped:
                 save()
+            say(log_line(s, row, now, weights, used))
             mark, total, norms, steps = time.perf_counter(), 0.0, 0.0, 0
 
     # ---- the end
     if stopped:
-        save()
         say(f"stopped at step {now.step}, saved; go on with\n  {resume_command(s)}")
         return 128 + int(stopped)
-    validate()
     found = evaluate(s.final_windows)
     now.final = found._asdict()
     save()
@@ -449,8 +457,8 @@ def train(s, given=()):
         f"of {min(s.final_windows, len(val) // s.seq_len)} windows of {s.seq_len}\n{eval.HEAD}")
     for line in eval.table_rows(found, data.bytes_per_token("val")):
         say(line)
-    say(f"\ncheckpoint: {s.out_dir}/last.pt; the best validation was at step {now.best_step}: "
-        f"best.pt\nnext:       python eval.py --out_dir={s.out_dir}")
+    say(f"\nthis is {out}/last.pt; best.pt, which eval.py and sample.py take, is of step "
+        f"{now.best_step}\nnext: python eval.py --out_dir={out}")
     return 0
 
 

@@ -1,6 +1,6 @@
 """Datasets: folders of token ids, and the tokenizers that made them.
 
-    train.bin, val.bin   token ids, little-endian, no header
+    train.bin, val.bin   token ids, no header
     meta.json            {"tokenizer": "char" | "byte" | "gpt2" | "hf", "vocab_size": 84,
                           "eot": the id that ends a document, or null, "dtype": "uint8" | ...,
                           "tokens": {"train": n, "val": n}, "bytes": those of the text in UTF-8,
@@ -31,12 +31,12 @@ def data_root():
 
 @contextmanager
 def writing(path):
-    """What the disk refuses in here is a UserError."""
+    """What the disk refuses in here, `path` above all, is a UserError."""
     try:
         yield
     except OSError as e:
-        raise UserError(f"cannot write {path} ({e.strerror or e}): make room, or choose another "
-                        "folder") from None
+        raise UserError(f"{e.filename or path}: {e.strerror or e}; make room there, or choose "
+                        "another folder") from None
 
 
 # ---- tokenizers ----------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class Dataset:
     def __init__(self, name, seq_len=1):
         folder = Path(name) if "/" in name else data_root() / name
         self.name, self.folder, self.splits = folder.name, folder, {}
-        remedy = f"run its prepare.py, as in data/{folder.name}/readme.md"
+        remedy = f"python data/{folder.name}/prepare.py makes it"
         require((folder / "meta.json").is_file(), f"no dataset in {folder}: {remedy}")
         try:
             self.meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
@@ -186,7 +186,7 @@ def write(folder, tokenizer, source, **splits):
                     ids = tokenizer.encode(text)
                     if tokenizer.eot is not None:
                         ids = np.append(ids, tokenizer.eot)
-                    f.write(ids.astype("<" + np.dtype(dtype).str[1:]).tobytes())
+                    f.write(ids.astype(dtype).tobytes())
                     tokens, size = tokens + len(ids), size + len(text.encode())
             meta["tokens"][split], meta["bytes"][split] = tokens, size
             print(f"{folder / split}.bin: {tokens:,} of {V:,} tokens, {size:,} bytes of text")

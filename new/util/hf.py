@@ -2,9 +2,8 @@
 
 import numpy as np
 
+from util.data import EOT
 from util.settings import UserError, optional
-
-EOT = "<|endoftext|>"
 
 
 class HFTokenizer:

@@ -22,13 +22,16 @@ if torch.__version__ < (2, 5):
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
-def choose_device(name, local_rank=0):
+def choose_device(name, local_rank=0, world=1):
     """The device that a setting stands for, of this process; "auto": cuda where there is one."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    require(world == 1 or ":" not in name, f"--device={name} is one for all processes: set auto")
     name = ("cuda" if gpus else "cpu") if name == "auto" else name
     name = f"cuda:{local_rank}" if name == "cuda" else name
-    require(name in ("cpu", *(f"cuda:{i}" for i in range(gpus))),
-            f"--device={name} is not on this machine, which has {gpus} GPUs: set auto or cpu")
+    require(name in ("cpu", *(f"cuda:{i}" for i in range(gpus))), f"{name} is not on this machine "
+            f"with {gpus} GPUs: start no more processes than that, or set --device=cpu")
+    if name != "cpu":
+        torch.cuda.set_device(name)
     return name
 
 
@@ -37,7 +40,7 @@ def choose_dtype(name, device):
     if name != "auto":
         return name, "as set"
     if device != "cpu":
-        has = torch.cuda.is_bf16_supported()
+        has = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         info = Path("/proc/cpuinfo")
         flags = info.read_text() if info.exists() else ""
@@ -120,7 +123,7 @@ def close():
 
 class Stop:
     """Within it Ctrl-C, SIGTERM and SIGHUP set `asked`, so that a step can be finished. A second
-    one, later than torchrun repeats the first, ends at once."""
+    one ends at once, if it comes more than a second later: torchrun sends each twice."""
 
     def __enter__(self):
         self.asked, self.when = 0, 0.0

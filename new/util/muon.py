@@ -46,7 +46,8 @@ class Muon(torch.optim.Optimizer):
             m = self.state[p]["momentum"].lerp_(p.grad, 1 - momentum)
             g = p.grad.lerp(m, momentum)  # Nesterov's
             pieces += (g.mT if by_columns else g).chunk(heads)
+        size = max(pieces[0].shape)  # the RMS of a semi-orthogonal matrix is size ** -0.5
         for p, step in zip(params, orthogonalize(torch.stack(pieces)).split(heads), strict=True):
             step = step.flatten(0, 1).mT if by_columns else step.flatten(0, 1)
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(step, alpha=group["lr"] * 0.2 * max(p.shape) ** 0.5)
+            p.sub_(step, alpha=group["lr"] * 0.2 * size**0.5)

@@ -39,8 +39,8 @@ def public(namespace):
 def typed(name, value, default, where):
     """`value`, text or not, in the type of `default`; UserError if it is none of that type."""
     kind, text = type(default), str(value)
-    if kind is str and isinstance(value, str):
-        return os.path.expanduser(value)
+    if kind is str and isinstance(value, (str, bool)):  # compile = True, where "auto" is default
+        return os.path.expanduser(text)
     if kind is bool and text.lower() in BOOL:
         return BOOL[text.lower()]
     if kind is int and re.fullmatch(r"[+-]?\d+", text):
@@ -88,13 +88,16 @@ def settings(defaults, argv):
     return SimpleNamespace(**s), given
 
 
-def check(s, choices, least):
-    """UserError unless settings are among their `choices` and not below their `least`."""
+def check(s, choices, least, most):
+    """UserError unless settings are among their `choices`, not below `least`, not above `most`."""
     for name, allowed in choices.items():
+        setattr(s, name, getattr(s, name).lower())
         require(getattr(s, name) in allowed,
                 f"--{name} must be {' or '.join(allowed)}, not {getattr(s, name)!r}")
     for name, low in least.items():
         require(getattr(s, name) >= low, f"--{name} must be {low} or more, not {getattr(s, name)}")
+    for name, top in most.items():
+        require(getattr(s, name) <= top, f"--{name} must be {top} or less, not {getattr(s, name)}")
 
 
 def optional(package):
@@ -118,15 +121,15 @@ def guarded(main):
         except BrokenPipeError:  # the reader has gone, as in `| head`: nothing to say at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        except (UserError, RuntimeError, MemoryError) as e:
+        except UserError as e:
+            if os.environ.get("RANK", "0") == "0":  # all processes have the same to say
+                print("error:", e, file=sys.stderr)
+            return 2
+        except (RuntimeError, MemoryError) as e:
             line = str(e).partition("\n")[0]
-            full = isinstance(e, MemoryError) or re.search("(out of|allocate) memory", line)
-            if not full and not isinstance(e, UserError):
+            if not isinstance(e, MemoryError) and not re.search("(out of|allocate) memory", line):
                 raise
-            if not isinstance(e, UserError):
-                line += ": set a smaller --micro_batch, --seq_len or model"
-            if os.environ.get("RANK", "0") == "0":
-                print("error:", line, file=sys.stderr)
+            print(f"error: out of memory ({line}): take a smaller batch or model", file=sys.stderr)
             return 2
 
     return wrapped
