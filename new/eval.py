@@ -1,7 +1,6 @@
 """How good a checkpoint is: exact likelihoods and bounds with their errors, beside a control.
 
     python eval.py --out_dir=out/nano
-    python eval.py --out_dir=out/bd3lm --rule_windows=512
 
 Text is cut into windows of seq_len tokens at fixed places. The last three quarters of each are
 scored, so that every model has some context, and every block size is scored on the same tokens.
@@ -16,10 +15,9 @@ scored, so that every model has some context, and every block size is scored on 
     n-gram           the control: an interpolated n-gram of the training text (util/ngram.py)
 
 tokens a round is an estimate for verified decoding: 1 + a_1 + a_1 a_2 + ... where a_i is the mean
-of sum_x min(p(x), q(x)) over the text, p the GPT level's and q the i-th draft's distribution. Draft
-i stands at place i + 1 of a block. The n-gram's is what it would give as the drafter. The model
-computes in float32 here, in training as it trains. +- is a standard error over windows, taken as
-independent.
+of sum_x min(p(x), q(x)) over the text, for the GPT level's p and the q of draft i, which stands at
+place i + 1 of a block; of the n-gram, what it would give as the drafter. +- is a standard error
+over windows, taken as independent. The model computes in float32.
 """
 
 import math
@@ -191,9 +189,8 @@ def replay(model, x0, rule, K=1, limit=0.0):
 @torch.no_grad()
 def score_ngram(model, control, x0):
     """(NLL, acceptance), (W, N) float64 each, of the n-gram `control` on windows x0 (W, N); the
-    acceptance as a drafter for the model's GPT level, or None of a block context."""
+    acceptance as a drafter for the model's GPT level, 0 where it has none."""
     W, N = x0.shape
-    causal = model.config.context == "causal"
     nll, acceptance = torch.zeros(2, W, N, dtype=torch.float64)
     for rows in torch.arange(W).split(max(1, 2**24 // N // control.V)):
         padded = np.pad(x0[rows].numpy(), ((0, 0), (control.order - 1, 0)), constant_values=-1)
@@ -201,10 +198,10 @@ def score_ngram(model, control, x0):
         q = torch.from_numpy(control.probabilities(before.reshape(-1, control.order - 1)))
         q = q.view(len(rows), N, -1)
         nll[rows] = -q.gather(-1, x0[rows].unsqueeze(-1)).squeeze(-1).log()
-        if causal:
+        if model.config.context == "causal":
             p = model.logits_of(x0[rows].to(model.cos.device)).double().softmax(dim=-1).cpu()
             acceptance[rows, 1:] = torch.minimum(p[:, :-1], q[:, 1:]).sum(dim=-1)
-    return nll, acceptance if causal else None
+    return nll, acceptance
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -234,7 +231,7 @@ def main(argv):
     s, _ = settings(DEFAULTS, argv)
     check(s, {}, LEAST, {})
     model, state = checkpoint.load_model(s.out_dir, choose_device(s.device))
-    c, ar = model.config, state["settings"]["draft_weight"] == 0
+    c, S, ar = model.config, model.config.block_size, state["settings"]["draft_weight"] == 0
     data = Dataset(s.dataset or state["settings"]["dataset"], c.seq_len)
     data.require_vocabulary(state["meta"], s.out_dir)
     check_scoring(c, ar)
@@ -246,8 +243,7 @@ def main(argv):
         print(line, flush=True)
     if c.context == "block":
         few = cut_windows(text, c.seq_len, s.rule_windows).to(model.cos.device)
-        rows = [(rule, K, 0.0) for rule in ("left_to_right", "confidence")
-                for K in sorted({1, 2, c.block_size})]
+        rows = [(rule, K, 0.0) for rule in ("left_to_right", "confidence") for K in (1, 2, S)]
         for rule, K, limit in [*rows, ("threshold", 1, 0.9), ("entropy", 1, 0.1)]:
             found = [replay(model, x, rule, K, limit) for x in few.split(s.batch)]
             nll, passes = (torch.cat(x).cpu() for x in zip(*found, strict=True))
@@ -256,8 +252,8 @@ def main(argv):
     if s.ngram:
         control = NGram(data.split("train")[:NGRAM_TOKENS], data.meta["vocab_size"], s.ngram)
         nll, acceptance = score_ngram(model, control, x0)
-        drafts = acceptance is not None and not ar and c.block_size > 1
-        rounds = tokens_a_round(by_place(acceptance, c.block_size)) if drafts else None
+        drafts = c.context == "causal" and not ar
+        rounds = tokens_a_round(by_place(acceptance, S)) if drafts else None
         print(table_row(f"{s.ngram}-gram", mean_and_error(nll), ratio, rounds))
     return 0
 
