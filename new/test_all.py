@@ -1112,7 +1112,10 @@ def test_mistakes(folder):
     tiny_data(other, "xyz, zyx. " * 60)
     resume = [f"--out_dir={run}", "--init_from=resume"]
     fresh = partial(flags, folder, out_dir=f"{folder}/fresh")
-    for word, argv in (
+    broken = [str(Path(tiny_data(Path(folder, name)))) for name in ("meta.json", "val.bin")]
+    for where in broken:
+        Path(where, Path(where).parent.name).write_bytes(b"{")
+    in_training = (
         ("holds a run", flags(folder)), ("did you mean", fresh(n_layers=2)),
         ("int", fresh(n_layer="two")), ("no config file", ["config/nothing.py"]),
         ("written --key=value", ["--overwrite"]), ("no dataset", fresh(dataset="nothing")),
@@ -1135,27 +1138,25 @@ def test_mistakes(folder):
         ("leave --learning_rate out", [*resume, "--learning_rate=1"]),
         ("not finite", fresh(learning_rate=1e30, grad_clip=0, final_lr=1, warmup_steps=0)),
         ("make room", fresh(out_dir=f"{folder}/bad.pt/x")),
-    ):
-        code, _, err = command(train.main, argv)
-        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, (word, code, err)
-        assert word in err, (word, err)
-    for word, argv in (("no checkpoint", ["--out_dir=nothing"]), ("or more", ["--batch=0"]),
-                       ("vocabulary", [f"--out_dir={run}", f"--dataset={other}/data"]),
-                       ("no split", [f"--out_dir={run}", "--split=test"])):
-        code, _, err = command(eval.main, argv)
-        assert code == 2 and err.count("\n") == 1 and word in err, (word, err)
-    for name, content in (("meta.json", b"{"), ("val.bin", b"1")):
-        broken = Path(tiny_data(Path(folder, "broken")), name)
-        broken.write_bytes(content)
-        code, _, err = command(train.main, fresh(dataset=str(broken.parent)))
-        assert code == 2 and "damaged" in err, err
+        *(("damaged", fresh(dataset=where)) for where in broken),
+    )
+    in_evaluation = (
+        ("no checkpoint", ["--out_dir=nothing"]), ("or more", ["--batch=0"]),
+        ("vocabulary", [f"--out_dir={run}", f"--dataset={other}/data"]),
+        ("no split", [f"--out_dir={run}", "--split=test"]),
+    )
+    for main, table in ((train.main, in_training), (eval.main, in_evaluation)):
+        for word, argv in table:
+            code, _, err = command(main, argv)
+            assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, (word, err)
+            assert word in err, (word, err)
     assert before == {p.name: p.read_bytes() for p in run.iterdir()}, "a file was touched"
     assert not list(Path(folder, "fresh").glob("*.pt")), "something was saved"
     with patch.object(train, "make_optimizers", side_effect=ZeroDivisionError):
         try:
             command(train.main, fresh())
         except ZeroDivisionError:
-            return "35 mistakes; a bug keeps its traceback"
+            return f"{len(in_training + in_evaluation)} mistakes; a bug keeps its traceback"
     raise AssertionError("a bug became a message")
 
 

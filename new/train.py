@@ -403,7 +403,7 @@ def train(s, given=()):
                     group["lr"] = peak_lr * factor
             batches, blocks = draw_batches(s, config.mask_id, tokens, now.step, rank, world)
             for i, batch in enumerate(batches):
-                batch = Batch(*(t if t is None else t.to(device, non_blocking=True) for t in batch))
+                batch = Batch(*(t if t is None else t.to(device) for t in batch))
                 # gradients are exchanged once, after the last micro-batch
                 hold = world > 1 and i < len(batches) - 1
                 with wrapped.no_sync() if hold else nullcontext():
@@ -457,7 +457,7 @@ def train(s, given=()):
         f"of {min(s.final_windows, len(val) // s.seq_len)} windows of {s.seq_len}\n{eval.HEAD}")
     for line in eval.table_rows(found, data.bytes_per_token("val")):
         say(line)
-    say(f"\nthis is {out}/last.pt; best.pt, which eval.py and sample.py take, is of step "
+    say(f"\nthis is {out}/last.pt; best.pt, which eval.py takes, is of step "
         f"{now.best_step}\nnext: python eval.py --out_dir={out}")
     return 0
 
