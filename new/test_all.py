@@ -703,6 +703,7 @@ def test_settings(folder):
     for arg in wrong:
         refuses(settings.settings, "", defaults=defaults, argv=[arg])
     refuses(settings.settings, "did you mean steps", defaults=defaults, argv=["--step=1"])
+    refuses(settings.optional, "pip install nothing", package="nothing")
     return f"10 values taken, {len(wrong)} refused"
 
 
@@ -738,6 +739,19 @@ def test_tokenizers(folder):
     refuses(found[0].encode, "no 'q'", text="q")
     said = f"; SKIPPED {', '.join(skipped)}" if skipped else ""
     return f"{', '.join(t.kind for t in found)} round trip{said}"
+
+
+def test_shipped_text(folder):
+    """The text that ships here is prepared on its own, into $CASCADE_DATA where that is set."""
+    with patch.dict(os.environ, CASCADE_DATA=folder), redirect_stdout(io.StringIO()):
+        for _ in range(2):
+            data.prepare_shipped("shakespeare")
+        read = data.Dataset("shakespeare")
+    train_ids, val_ids = read.split("train"), read.split("val")
+    assert read.folder == Path(folder, "shakespeare") and train_ids.max() == 83
+    assert len(train_ids) == 4_551_552 and len(val_ids) == 505_728
+    assert "AGAMEMNON." in read.tokenizer().decode(val_ids[:2000]), "Troilus and Cressida"
+    return "4,551,552 and 505,728 characters, 84 distinct ones"
 
 
 def test_ngram():
@@ -969,8 +983,8 @@ def test_loss():
 
 
 def test_processes(folder):
-    """torchrun with two processes, and micro-batches, end with the weights of one process, but for
-    rounding; a mistake is said once; a batch that does not divide is raised."""
+    """Micro-batches, and two processes of torchrun with micro-batches of their own, end with the
+    weights of one pass in one process, but for rounding; a mistake is said once."""
     how = {"max_steps": 4, "eval_every": 2, "eval_windows": 1}  # fewer windows than processes
     whole = trained(folder, **how)
     worst = Worst()
@@ -982,7 +996,7 @@ def test_processes(folder):
            "train.py"]
     run = partial(subprocess.run, cwd=HERE, capture_output=True, text=True, check=False,
                   env=os.environ | {"OMP_NUM_THREADS": "1"})
-    done = run([*two, *flags(folder, **how, out_dir=f"{folder}/two")])
+    done = run([*two, *flags(folder, **how, micro_batch=1, out_dir=f"{folder}/two")])
     assert done.returncode == 0 and done.stdout.count("device ") == 1, done.stderr
     both = checkpoint.load(f"{folder}/two/last.pt")
     for name, p in both["model"].items():
