@@ -31,9 +31,10 @@ RENAMED = {  # the new tree's names: the old one's
 
 def load(folder, *names):
     """Modules of a tree, under names that the other tree has too."""
-    sys.path.insert(0, str(folder))
+    before = sys.path[:]
+    sys.path[:] = [str(folder), *(path for path in before if Path(path) != HERE)]
     modules = [importlib.import_module(name) for name in names]
-    sys.path.pop(0)
+    sys.path[:] = before
     for name in [*sys.modules]:
         if name in NAMES or name.partition(".")[0] == "util":
             del sys.modules[name]

@@ -8,23 +8,24 @@ scored, so that every model has some context, and every block size is scored on 
     GPT level        exact NLL of the next token
     draft            exact NLL of writing every block in one pass, its tokens drawn left to right
                      through the local head
-    bound            <=, from `balanced` noise of a fixed generator (corrupt.py)
+    bound            above the NLL, estimated with `balanced` noise of a fixed generator: corrupt.py
     a rule, K = n    exact NLL of what a deterministic rule writes in n passes a block: the rule is
                      replayed on the text, and each pass adds -log p of the tokens that it reveals
                      (arXiv 2603.01367). Adaptive rules choose the number of passes themselves
     n-gram           the control: an interpolated n-gram of the training text (util/ngram.py)
 
-tokens a round is an estimate for verified decoding: 1 + a_1 + a_1 a_2 + ... where a_i is the mean
-of sum_x min(p(x), q(x)) over the text, for the GPT level's p and the q of draft i, which stands at
-place i + 1 of a block; of the n-gram, what it would give as the drafter. +- is a standard error
-over windows, taken as independent. The model computes in float32.
+tokens a round: what a verification is expected to write, 1 + a_1 + a_1 a_2 + ..., if draft i is
+accepted with a chance of a_i, the mean over the text of sum_x min(p(x), q(x)) for the GPT level's p
+and the draft's q. Draft i stands at place i + 1 of a block: the token at the first place is the GPT
+level's own. Of the n-gram: if it were the drafter. +- is a standard error over windows, taken as
+independent. The model computes in float32.
 """
 
 import math
 import sys
 from typing import NamedTuple
 
-from util.machine import choose_device  # first: it says what an old torch lacks
+from util.machine import choose_device  # import first: it ends with a message if torch is too old
 
 # isort: split
 import numpy as np
@@ -57,8 +58,8 @@ NGRAM_TOKENS = 10**7  # it counts no more of the training text: its tables stay 
 class Figures(NamedTuple):
     """What `evaluate` found, as plain values."""
 
-    nll: dict  # level: (nats per token, its standard error; None of one window)
-    acceptance: list  # mean acceptance of the draft at places 2, 3, ... of a block; [] without
+    nll: dict  # level: (nats per token, its standard error or, if there is one window, None)
+    acceptance: list  # mean acceptance of drafts at places 2, 3, ... of a block; [] without drafts
 
 
 # ---- windows and means ---------------------------------------------------------------------------
@@ -88,7 +89,8 @@ def mean_and_error(nll):
 
 
 def by_place(acceptance, S):
-    """Mean acceptances (S - 1 floats) of places 2 .. S of the whole blocks that are scored."""
+    """Mean acceptances (S - 1 floats) at places 2 .. S of the whole blocks that are scored, of
+    acceptances (W, N)."""
     W, N = acceptance.shape
     first = math.ceil(N / 4 / S) * S
     return acceptance[:, first:].reshape(-1, S).mean(dim=0)[1:].tolist()
@@ -187,16 +189,16 @@ def replay(model, x0, rule, K=1, limit=0.0):
 
 
 @torch.no_grad()
-def score_ngram(model, control, x0):
+def score_ngram(model, control, x0, batch=16):
     """(NLL, acceptance), (W, N) float64 each, of the n-gram `control` on windows x0 (W, N); the
     acceptance as a drafter for the model's GPT level, 0 where it has none."""
     W, N = x0.shape
     nll, acceptance = torch.zeros(2, W, N, dtype=torch.float64)
-    for rows in torch.arange(W).split(max(1, 2**24 // N // control.V)):
+    for rows in torch.arange(W).split(max(1, min(batch, 2**24 // N // control.V))):
         padded = np.pad(x0[rows].numpy(), ((0, 0), (control.order - 1, 0)), constant_values=-1)
         before = np.lib.stride_tricks.sliding_window_view(padded, control.order, axis=1)[..., :-1]
-        q = torch.from_numpy(control.probabilities(before.reshape(-1, control.order - 1)))
-        q = q.view(len(rows), N, -1)
+        q = control.probabilities(before.reshape(len(rows) * N, control.order - 1))
+        q = torch.from_numpy(q).view(len(rows), N, -1)
         nll[rows] = -q.gather(-1, x0[rows].unsqueeze(-1)).squeeze(-1).log()
         if model.config.context == "causal":
             p = model.logits_of(x0[rows].to(model.cos.device)).double().softmax(dim=-1).cpu()
@@ -251,7 +253,7 @@ def main(argv):
             print(table_row(name, mean_and_error(nll), ratio), flush=True)
     if s.ngram:
         control = NGram(data.split("train")[:NGRAM_TOKENS], data.meta["vocab_size"], s.ngram)
-        nll, acceptance = score_ngram(model, control, x0)
+        nll, acceptance = score_ngram(model, control, x0, s.batch)
         drafts = c.context == "causal" and not ar
         rounds = tokens_a_round(by_place(acceptance, S)) if drafts else None
         print(table_row(f"{s.ngram}-gram", mean_and_error(nll), ratio, rounds))

@@ -36,7 +36,7 @@ def entropy(log_p, masked, count, limit, score):
     the nats lost by drawing them as if independent (EB, arXiv 2505.24857)."""
     h = -(log_p.exp() * log_p).sum(dim=-1) + from_the_left(masked)
     h, place = h.masked_fill(~masked, torch.inf).sort(dim=-1)
-    before = F.pad(h[..., :-1].cumsum(dim=-1), (1, 0))  # the largest so far is the last
+    before = F.pad(h[..., :-1].cumsum(dim=-1), (1, 0))  # the sum of the smaller ones
     return masked & torch.zeros_like(masked).scatter(-1, place, before <= limit)
 
 

@@ -1068,8 +1068,8 @@ def test_signals(folder):
 
 
 def test_starting_points(folder):
-    """From another run's weights: a GPT learns to draft, a cascade gets other blocks, an AR model
-    starts where the GPT level was. With a teacher both levels learn from its p."""
+    """From another run's weights: a GPT learns to draft; what is not given, shape and noise, comes
+    from there; a local head of another shape is fresh. With a teacher both levels learn its p."""
     gpt = trained(folder, draft_weight=0, local_window=0, soft=0, out_dir=f"{folder}/gpt")
     new = trained(folder, init_from=f"{folder}/gpt", local_window=3, max_steps=1, learning_rate=0,
                   muon_lr=0, out_dir=f"{folder}/new", n_layer=1)
@@ -1083,7 +1083,10 @@ def test_starting_points(folder):
                                         "--max_steps=1", f"--out_dir={folder}/same"])
     same = checkpoint.load(f"{folder}/same/last.pt")
     assert code == 0 and same["config"] == new["config"], err
-    block = {"context": "block", "local_window": 0, "soft": 0, "noise": "clipped"}
+    other = trained(folder, init_from=f"{folder}/new", local_window=2, max_steps=1, learning_rate=0,
+                    muon_lr=0, out_dir=f"{folder}/other")["model"]
+    assert (other["local.mlp.down_proj.weight"] == 0).all(), "a head that fits in part is fresh"
+    block = {"context": "block", "local_window": 0, "soft": 0, "noise": "clipped", "clip_low": 0.4}
     trained(folder, **block, out_dir=f"{folder}/block")
     argv = ["--max_steps=1", f"--init_from={folder}/block", f"--dataset={folder}/data"]
     code, _, err = command(train.main, [*argv, f"--out_dir={folder}/again"])
@@ -1108,7 +1111,7 @@ def test_configs(folder):
         said = {"ar": "1 gpt\n", "bd3lm": "1 bound\n"}.get(name[:-3], "1 gpt + 1 draft\n")
         assert f"loss       {said}" in out, name
     s = SimpleNamespace(**train.DEFAULTS)
-    config = CascadeConfig(**{k: getattr(s, k) for k in train.SHAPE})
+    config = CascadeConfig(**checkpoint.model_settings(train.DEFAULTS))
     config.check_training(s.noise, s.corruption, s.draft_weight, s.soft)
     with torch.device("meta"):
         count = sum(p.numel() for p in CascadeLM(config).parameters())

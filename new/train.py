@@ -8,9 +8,9 @@
     python train.py --init_from=out/ar --local_window=6 --out_dir=out/drafts    from a GPT's weights
 
 A run leaves last.pt, best.pt and log.csv in out_dir. Batches and noise are pure functions of (seed,
-step), drawn for the global batch and then sliced. So a resumed run, more processes or smaller
-micro-batches compute the same thing, if the processes divide the batch. With max_minutes the
-learning rate follows the clock.
+step), drawn for the global batch and then sliced. So a resumed run is the uninterrupted one, and
+processes that divide the batch, or micro-batches, change nothing but rounding. With max_minutes the
+learning rate follows the clock, which no seed repeats.
 """
 
 import math
@@ -19,13 +19,12 @@ import shlex
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, fields
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from util import machine  # first: it says what an old torch lacks
+from util import machine  # import first: it ends with a message if torch is too old
 
 # isort: split
 import numpy as np
@@ -45,9 +44,9 @@ from util.settings import check, guarded, optional, public, require, settings
 # where
 out_dir = "out/train"
 dataset = "shakespeare"  # a folder of data/, prepared by its prepare.py
-init_from = "scratch"  # or "resume": go on from out_dir/last.pt; or another run's folder, for its
-# weights and its shape
-overwrite = False  # a new run may replace the one in out_dir, with its first checkpoint
+init_from = "scratch"  # or "resume": go on from out_dir/last.pt; or another run's folder: start
+# from its weights, with its shape
+overwrite = False  # true: the first checkpoint replaces the run that out_dir holds
 seed = 1337
 # the model: see model.CascadeConfig
 seq_len = 256  # N
@@ -62,11 +61,14 @@ qk_norm = True
 context = "causal"  # finished text is read as by a GPT; or "block", block-causally
 local_window = 6  # w, tokens to the left that the local head sees; 0: no local head
 local_hidden = 0  # width of the local head; 0: 4 n_embd
-# the loss: next-token NLL + draft_weight * [(1 - soft) * draft NLL + soft * CE against the GPT
-# level's p]; without a local head draft_weight * bound; with context="block" that alone
+# the loss, by terms in nats per token:
+#   cascade           NLL of the next token + draft_weight * [(1 - soft) * NLL of the drafts
+#                     + soft * their cross-entropy against the GPT level's distribution]
+#   no local head     NLL of the next token + draft_weight * bound
+#   context="block"   draft_weight * bound
 draft_weight = 1.0  # 0: a GPT alone
 soft = 0.5
-teacher = ""  # another run: then both terms are (1 - soft) NLL + soft CE against its p
+teacher = ""  # another run, whose distribution replaces the GPT level's; it teaches both terms then
 # the noise: see corrupt.py
 noise = "full"
 corruption = "all"  # every block of a sequence; or "target", one
@@ -98,7 +100,7 @@ wandb = False  # besides out_dir/log.csv
 # the machine
 device = "auto"  # cuda if there is one, else cpu
 dtype = "auto"  # bfloat16 where the hardware multiplies it, else float32
-compile = "auto"  # torch.compile: true on CUDA; on a CPU it wins a tenth after 40 seconds
+compile = "auto"  # torch.compile: true on CUDA; on a CPU a tenth faster, after 40 s of compiling
 # --------------------------------------------------------------------------------------------------
 DEFAULTS = public(dict(globals()))
 CHOICES = {
@@ -110,42 +112,9 @@ LEAST = dict.fromkeys("batch_size log_every eval_every eval_windows final_window
 LEAST |= dict.fromkeys("draft_weight soft max_steps max_minutes micro_batch learning_rate muon_lr "
                        "weight_decay beta1 beta2 grad_clip warmup_steps final_lr seed".split(), 0)
 MOST = {"soft": 1, "beta1": 0.9999, "beta2": 0.9999, "seed": 2**32}
-# what a resumed run may be given anew: budget, reports and machine, but not the mathematics
-FREE = set("out_dir init_from overwrite dataset max_steps max_minutes micro_batch log_every "
-           "eval_every eval_windows final_windows wandb device dtype compile".split())
-SHAPE = {f.name for f in fields(CascadeConfig)} & DEFAULTS.keys()
-# what the weights of another run determine, and what is taken from it where it is not given
-FIXED = set("n_layer n_head n_kv_head n_embd n_hidden tie_embeddings qk_norm".split())
-TAKEN = SHAPE | {"noise", "corruption", "soft"}
+# log.csv: gpt, draft and bound are the terms of the loss, with soft targets; val_ are plain NLLs
 COLUMNS = ("step", "seconds", "gpt", "draft", "bound", "val_gpt", "val_draft", "val_bound",
-           "tokens_a_round", "lr", "tokens_per_second", "mfu")  # of log.csv; nats per token
-
-
-# ---- where a run starts --------------------------------------------------------------------------
-
-
-def starting_point(s, given):
-    """The checkpoint that a run starts from, or None. Settings that are not `given` are set to what
-    it has; UserError for what is given and contradicts it."""
-    last, resume = Path(s.out_dir, "last.pt"), s.init_from == "resume"
-    require(resume or s.overwrite or not last.exists(), f"{s.out_dir} holds a run: go on by "
-            "--init_from=resume, replace it by --overwrite=true, or set another --out_dir")
-    if s.init_from == "scratch":
-        return None
-    require(not resume or last.exists(), f"there is no {last}: leave --init_from=resume out")
-    start = checkpoint.load(last if resume else checkpoint.find(s.init_from))
-    before = DEFAULTS | start["settings"]
-    if resume:
-        names, fixed = DEFAULTS.keys() - {"out_dir", "init_from", "overwrite"}, before.keys() - FREE
-    else:
-        is_gpt, before = before["draft_weight"] == 0, before | start["config"]
-        names, fixed = FIXED | {"seq_len"} if is_gpt else TAKEN, FIXED  # a GPT knows no drafts
-    for name in names:
-        if name not in given:
-            setattr(s, name, before[name])
-        require(name not in fixed or getattr(s, name) == before[name],
-                f"{last if resume else s.init_from} has {name}={before[name]}: leave --{name} out")
-    return start
+           "tokens_a_round", "lr", "tokens_per_second", "mfu")
 
 
 # ---- batches, noise and loss ---------------------------------------------------------------------
@@ -156,45 +125,47 @@ class Batch(NamedTuple):
     (B, N), and their weights (M,). The last three are None for a GPT alone."""
 
     x0: torch.Tensor
-    xt: torch.Tensor | None = None
-    index: torch.Tensor | None = None
-    weight: torch.Tensor | None = None
+    xt: torch.Tensor | None
+    index: torch.Tensor | None
+    weight: torch.Tensor | None
 
 
 def draw_batches(s, mask_id, tokens, step, rank=0, world=1):
-    """(micro-batches of process `rank` in a step, target blocks of the global batch)"""
+    """(micro-batches of process `rank` in a step, number of target blocks in the global batch)"""
     generator = torch.Generator().manual_seed((s.seed * 1_000_003 + step) % 2**63)
     starts = torch.randint(len(tokens) - s.seq_len + 1, (s.batch_size,), generator=generator)
-    noisy, blocks, share, batches = None, 0, s.batch_size // world, []
+    share, batches, num_blocks = s.batch_size // world, [], 0
     if s.draft_weight:
-        target = s.corruption == "target"
-        draw = corrupt.corrupt_target_block if target else corrupt.corrupt_all_blocks
-        # masks do not depend on tokens: drawn on zeros, they are applied to this process's rows
-        blank = torch.zeros(s.batch_size, s.seq_len, dtype=torch.int64)
+        # masks do not depend on the tokens: they are drawn for the global batch, on zeros, and then
+        # applied to the rows of this process
+        zeros = torch.zeros(s.batch_size, s.seq_len, dtype=torch.int64)
+        all_blocks = s.corruption == "all"
+        draw = corrupt.corrupt_all_blocks if all_blocks else corrupt.corrupt_target_block
         rates = corrupt.Rates(s.m_min, s.clip_low, s.clip_high)
-        noisy = draw(blank, s.block_size, mask_id, generator, s.noise, rates, s.weighting)
-        blocks = noisy.block.numel()
+        noisy = draw(zeros, s.block_size, mask_id, generator, s.noise, rates, s.weighting)
+        num_blocks = noisy.block.numel()
     for rows in torch.arange(rank * share, (rank + 1) * share).split(s.micro_batch or share):
         x0 = np.stack([tokens[i : i + s.seq_len] for i in starts[rows].tolist()])
-        batch = Batch(torch.from_numpy(x0.astype(np.int64)))
-        if noisy is not None:
-            xt = torch.where(noisy.xt[rows] == mask_id, mask_id, batch.x0)
+        x0, xt, index, weight = torch.from_numpy(x0.astype(np.int64)), None, None, None
+        if s.draft_weight:
+            xt = x0.masked_fill(noisy.xt[rows] == mask_id, mask_id)
             index = noisy.mask[rows].flatten().nonzero()[:, 0]
-            batch = Batch(batch.x0, xt, index, noisy.weight[rows].flatten()[index])
-        batches.append(batch)
-    return batches, blocks
+            weight = noisy.weight[rows].flatten()[index]
+        batches.append(Batch(x0, xt, index, weight))
+    return batches, num_blocks
 
 
 def loss_weights(s):
-    """{term of the loss: its weight}"""
+    """{term of the loss: its weight}, "gpt" before "draft" or "bound"."""
     weights = {"gpt": 1.0} if s.context == "causal" else {}
     if s.draft_weight:
         weights["draft" if s.local_window else "bound"] = s.draft_weight
     return weights
 
 
-def loss_terms(s, nlls, weight, blocks):
-    """Those terms, in nats per token: this micro-batch's share of means over the global batch."""
+def loss_terms(s, nlls, weight, num_blocks):
+    """The terms in the order of loss_weights, (1,) or (2,), in nats per token: this micro-batch's
+    share of means over the global batch. nlls: model.NLLs."""
 
     def mixed(nll, cross_entropy):
         return nll if cross_entropy is None else (1 - s.soft) * nll + s.soft * cross_entropy
@@ -204,7 +175,7 @@ def loss_terms(s, nlls, weight, blocks):
         terms.append(mixed(nlls.gpt, nlls.gpt_soft).sum() / (s.batch_size * (s.seq_len - 1)))
     if nlls.masked is not None:
         nll = mixed(nlls.masked, nlls.masked_soft)
-        terms.append(corrupt.masked_diffusion_loss(nll, weight, blocks))
+        terms.append(corrupt.masked_diffusion_loss(nll, weight, num_blocks))
     return torch.stack(terms)
 
 
@@ -217,12 +188,13 @@ def make_optimizers(model, s):
     c, matrices, tables, vectors = model.config, {}, [], []
     for name, p in model.named_parameters():
         if s.optimizer == "muon" and name.startswith("layers.") and p.ndim == 2:
-            matrices.setdefault(name.split(".")[-2], []).append(p)
+            module = name.split(".")[-2]  # q_proj of layers.0.self_attn.q_proj.weight
+            matrices.setdefault(module, []).append(p)
         else:
             (tables if p.ndim == 2 else vectors).append(p)
-    groups = [{"params": tables}, {"params": vectors, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, s.learning_rate, (s.beta1, s.beta2),
-                                    weight_decay=s.weight_decay, fused=True)]
+    groups = [{"params": tables, "weight_decay": s.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(groups, s.learning_rate, (s.beta1, s.beta2), fused=True)]
     if matrices:
         heads = {"q_proj": c.n_head, "k_proj": c.n_kv_head, "v_proj": c.n_kv_head,
                  "o_proj": c.n_head}
@@ -256,12 +228,12 @@ def budget_used(s, now):
 
 
 def require_finite(what, finite, step):
-    require(finite, f"{what} is not finite at step {step}: start again with a lower "
-            "--learning_rate and --muon_lr or more --warmup_steps; the last checkpoint is good")
+    require(finite, f"{what} is not finite at step {step}, which was not saved: start again with a "
+            "lower --learning_rate and --muon_lr or more --warmup_steps")
 
 
 def log_line(s, row, now, weights, used):
-    """Training terms, in brackets those of the last validation; speed; the minutes to go."""
+    """Terms of the training loss, in brackets NLLs of the last validation; speed; minutes to go."""
     val = now.figures["nll"] if now.figures else {}
     of = f"/{s.max_steps}" if s.max_steps else ""
     terms = (f"{k} {row[k]:.3f} ({f'{val[k][0]:.3f}' if val else '  -  '})" for k in weights)
@@ -283,23 +255,24 @@ def train(s, given=()):
     processes = machine.Processes()
     rank, world, say = processes.rank, processes.world, processes.say
 
-    # ---- settings and data
+    # ---- settings and data: rank 0 prepares in the first part what all read in the second
     with processes.together():
-        start = starting_point(s, given)
+        start = checkpoint.starting_point(s, given, DEFAULTS)
         check(s, CHOICES, LEAST, MOST)
         require(s.max_steps or s.max_minutes,
                 "set --max_steps or --max_minutes: the learning rate falls towards an end")
-        asked, resumed, ar = public(vars(s)), s.init_from == "resume", s.draft_weight == 0
+        asked = public(vars(s))  # to be saved; the batch may be raised below
+        resumed, ar = s.init_from == "resume", s.draft_weight == 0
         device = machine.choose_device(s.device, processes.local_rank, world)
         wandb = optional("wandb") if s.wandb else None
         if processes.main:
             prepare_shipped(s.dataset)
     with processes.together():
         data, teacher, out = Dataset(s.dataset, s.seq_len), None, Path(s.out_dir)
-        shape = {name: getattr(s, name) for name in SHAPE} | {"vocab_size": data.meta["vocab_size"]}
-        if start:  # head_dim, rope_base and norm_eps are no settings
+        shape = checkpoint.model_settings(vars(s))
+        if start:  # head_dim, rope_base and norm_eps are not settings
             shape = start["config"] | shape
-        config = CascadeConfig(**shape)
+        config = CascadeConfig(**shape | {"vocab_size": data.meta["vocab_size"]})
         config.check_training(s.noise, s.corruption, s.draft_weight, s.soft, s.teacher != "")
         eval.check_scoring(config, ar)
         require(not resumed or start["meta"] == data.meta,
@@ -334,7 +307,9 @@ def train(s, given=()):
         for optimizer, state in zip(optimizers, start["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         vars(now).update((name, start[name]) for name in vars(now))
-        origin = f"step {now.step} of {s.out_dir}"
+        now.final, origin = None, f"step {now.step} of {s.out_dir}"
+        if s.eval_windows != start["settings"]["eval_windows"]:
+            now.best = math.inf  # of other windows: not to be compared
     elif start:
         new = checkpoint.take_weights(model, start["model"])
         origin = f"weights of {s.init_from}; fresh: {', '.join(new) or 'none'}"
@@ -343,9 +318,8 @@ def train(s, given=()):
         devices = [device] if on_cuda else None
         wrapped = DistributedDataParallel(wrapped, devices, broadcast_buffers=False)
     weights, tokens, val = loss_weights(s), data.split("train"), data.split("val")
-    scale = torch.tensor([*weights.values()], device=device)
-    cast = partial(machine.autocast, device, dtype)
-    own_p = s.soft > 0 and not s.teacher and not ar
+    term_weights = torch.tensor([*weights.values()], device=device)
+    own_p = s.soft > 0 and not s.teacher and not ar  # the GPT level teaches the drafts
     flops, peak = step_flops(model, s) / world, machine.peak_flops(device, dtype)
 
     # ---- what will run, and why
@@ -366,34 +340,35 @@ def train(s, given=()):
         wandb.init(project="cascade", name=s.out_dir, config=asked)
 
     def evaluate(windows):
-        with cast():
-            x0 = eval.cut_windows(val, s.seq_len, windows)
-            return eval.evaluate(model, x0, ar, s.micro_batch or 16, processes)
+        x0 = eval.cut_windows(val, s.seq_len, windows)
+        return eval.evaluate(model, x0, ar, s.micro_batch or 16, processes)
 
-    def validate():  # sets what best.pt is the best by
-        found = evaluate(s.eval_windows)
+    def validate():  # sets now.figures, and now.best if these are the best
+        with machine.autocast(device, dtype):
+            found = evaluate(s.eval_windows)
         loss = sum(weight * found.nll[name][0] for name, weight in weights.items())
         require_finite("the validation loss", math.isfinite(loss), now.step)
         now.figures = found._asdict()
         if loss < now.best:
             now.best, now.best_step = loss, now.step
 
-    def save():  # last.pt and log.csv, and best.pt if this is the best step so far
+    def save():  # last.pt and log.csv; best.pt if this step is the best, or none was validated yet
         finite = all(bool(w.isfinite().all()) for w in model.state_dict().values())
         require_finite("a weight", finite, now.step)
         state = {"config": asdict(config), "settings": asked, "meta": data.meta,
                  "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
         with processes.together(), writing(s.out_dir):
             if processes.main:
-                if now.best_step in (0, now.step):  # 0: best.pt may be of the run that is replaced
+                if now.best_step == now.step or now.best_step == 0:
                     checkpoint.save(out / "best.pt", state | vars(now))
                 (out / "log.csv").write_text("\n".join(now.log) + "\n")
                 checkpoint.save(out / "last.pt", state | vars(now))
 
     # ---- the loop
     began = time.perf_counter() - now.seconds
-    mark, total, norms, steps = time.perf_counter(), 0.0, 0.0, 0
-    used, stopped = budget_used(s, now), 0
+    # since the last line of the log: when that was, sums of loss terms and gradient norms, steps
+    mark, term_sum, norm_sum, steps = time.perf_counter(), 0.0, 0.0, 0
+    used, stopped = budget_used(s, now), 0  # share of the budget; number of a signal
     with machine.Stop() as stop:
         while used < 1 and not stopped:
             factor = min(1.0, (now.step + 1) / max(1, s.warmup_steps))
@@ -401,19 +376,19 @@ def train(s, given=()):
             for optimizer, peak_lr in zip(optimizers, (s.learning_rate, s.muon_lr), strict=False):
                 for group in optimizer.param_groups:
                     group["lr"] = peak_lr * factor
-            batches, blocks = draw_batches(s, config.mask_id, tokens, now.step, rank, world)
+            batches, num_blocks = draw_batches(s, config.mask_id, tokens, now.step, rank, world)
             for i, batch in enumerate(batches):
                 batch = Batch(*(t if t is None else t.to(device) for t in batch))
                 # gradients are exchanged once, after the last micro-batch
                 hold = world > 1 and i < len(batches) - 1
                 with wrapped.no_sync() if hold else nullcontext():
-                    with cast():
+                    with machine.autocast(device, dtype):
                         nlls = wrapped(batch.x0, batch.xt, batch.index, teacher, own_p)
-                        terms = loss_terms(s, nlls, batch.weight, blocks)
+                        terms = loss_terms(s, nlls, batch.weight, num_blocks)
                     # DDP takes the mean over processes; these are shares of a global mean
-                    (terms @ scale * world).backward()
-                total += terms.detach()
-            norms += nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+                    (terms @ term_weights * world).backward()
+                term_sum += terms.detach()
+            norm_sum += nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -425,27 +400,29 @@ def train(s, given=()):
             if not (validates or stopped or now.step % s.log_every == 0):
                 continue
 
-            require_finite("a gradient", math.isfinite(norms), now.step)
+            require_finite("a gradient", math.isfinite(norm_sum), now.step)  # a GPU is awaited here
             per_second = steps / (time.perf_counter() - mark)
-            row = dict(zip(weights, (processes.sum(total) / steps).tolist(), strict=True)) | {
+            row = dict(zip(weights, (processes.sum(term_sum) / steps).tolist(), strict=True)) | {
                 "step": now.step, "seconds": now.seconds, "lr": s.learning_rate * factor,
                 "tokens_per_second": per_second * s.batch_size * s.seq_len}
             if peak:
                 row["mfu"] = per_second * flops / peak
             if validates:
                 validate()
+                now.seconds = time.perf_counter() - began
                 row |= {f"val_{name}": now.figures["nll"][name][0] for name in weights}
                 if now.figures["acceptance"]:
                     row["tokens_a_round"] = eval.tokens_a_round(now.figures["acceptance"])
-            now.log.append(",".join(f"{row[c]:.6g}" if c in row else "" for c in COLUMNS))
+            now.log.append(",".join(f"{row[c]:.8g}" if c in row else "" for c in COLUMNS))
             if wandb and processes.main:
                 wandb.log(row, step=now.step)
             if validates or stopped:
                 save()
             say(log_line(s, row, now, weights, used))
-            mark, total, norms, steps = time.perf_counter(), 0.0, 0.0, 0
+            mark, term_sum, norm_sum, steps = time.perf_counter(), 0.0, 0.0, 0
+        (stopped,) = processes.from_main(stopped or stop.asked)  # also during the last save
 
-    # ---- the end
+    # ---- the end: figures in float32, as eval.py has them
     if stopped:
         say(f"stopped at step {now.step}, saved; go on with\n  {resume_command(s)}")
         return 128 + int(stopped)

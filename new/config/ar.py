@@ -8,5 +8,6 @@ from config.nano import *  # noqa: F403  the nano's sizes
 
 out_dir = "out/ar"
 draft_weight = 0
+block_size = 1  # it has no blocks
 local_window = 0
 soft = 0

@@ -7,7 +7,7 @@
 import torch
 
 out_dir = "out/nano"
-if not torch.cuda.is_available():  # on a GPU the nano is what train.py has by default
+if not torch.cuda.is_available():  # on a GPU train.py's defaults are used
     seq_len = 128
     n_layer = 2
     n_embd = 192  # 2 layers of 0.44M, local head of 0.89M: 1.8M parameters

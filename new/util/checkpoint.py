@@ -10,6 +10,7 @@ They hold no code: torch.load(weights_only=True) reads them.
 """
 
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -19,6 +20,13 @@ from util.data import writing
 from util.settings import UserError, require
 
 FORMAT = 2
+# a resumed run may be given another budget, other reports, another machine; not other mathematics
+RESUME_MAY_CHANGE = set(
+    "out_dir init_from overwrite dataset teacher max_steps max_minutes micro_batch log_every "
+    "eval_every eval_windows final_windows wandb device dtype compile".split())
+# of another run's settings: those that its weights determine, and those that are its method
+FIXED_BY_WEIGHTS = set("n_layer n_head n_kv_head n_embd n_hidden tie_embeddings qk_norm".split())
+METHOD = set("soft noise corruption weighting m_min clip_low clip_high".split())
 
 
 def save(path, state):
@@ -68,9 +76,46 @@ def load_model(where, device="cpu"):
 
 
 def take_weights(model, weights):
-    """Copy the weights whose names and shapes match; the others keep their fresh initialisation.
-    Returns the modules that have some of these."""
-    own = model.state_dict()
-    match = {k: v for k, v in weights.items() if k in own and v.shape == own[k].shape}
-    model.load_state_dict(match, strict=False)
-    return sorted({name.partition(".")[0] for name in own.keys() - match.keys()})
+    """Copy the weights of all modules whose weights all match in name and shape, such as `layers`
+    or `local`. Returns the names of the others, which keep their fresh initialisation."""
+    fresh = {name.partition(".")[0] for name, own in model.state_dict().items()
+             if name not in weights or weights[name].shape != own.shape}
+    known = {name: w for name, w in weights.items() if name.partition(".")[0] not in fresh}
+    model.load_state_dict(known, strict=False)
+    return sorted(fresh)
+
+
+# ---- where a run starts --------------------------------------------------------------------------
+
+
+def model_settings(settings):
+    """Those settings, {name: value}, that are fields of CascadeConfig."""
+    return {f.name: settings[f.name] for f in fields(CascadeConfig) if f.name in settings}
+
+
+def starting_point(s, given, defaults):
+    """The checkpoint that train.py's settings s start from, or None. Settings that are not `given`
+    are set to what it has; UserError for what is given and contradicts it."""
+    last, resume = Path(s.out_dir, "last.pt"), s.init_from == "resume"
+    require(resume or s.overwrite or not last.exists(), f"{s.out_dir} holds a run: go on by "
+            "--init_from=resume, replace it by --overwrite=true, or set another --out_dir")
+    if s.init_from == "scratch":
+        return None
+    require(not resume or last.exists(), f"there is no {last}: leave --init_from=resume out")
+    path = last if resume else find(s.init_from)
+    start = load(path)
+    theirs = defaults | start["settings"]
+    if resume:
+        copied = defaults.keys() - {"out_dir", "init_from", "overwrite"}
+        must_match = defaults.keys() - RESUME_MAY_CHANGE
+    else:
+        theirs |= start["config"]
+        copied, must_match = model_settings(defaults).keys() | METHOD, FIXED_BY_WEIGHTS
+        if theirs["draft_weight"] == 0:  # a GPT: how it would draft means nothing
+            copied = FIXED_BY_WEIGHTS | {"seq_len"}
+    for name in copied:
+        if name not in given:
+            setattr(s, name, theirs[name])
+        require(name not in must_match or getattr(s, name) == theirs[name],
+                f"{path} has {name}={theirs[name]}: leave --{name} out")
+    return start

@@ -76,10 +76,11 @@ class Processes:
     """This process among those of torchrun, or alone. Rank 0 speaks, writes and decides."""
 
     def __init__(self):
-        names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        self.rank, self.local_rank, self.world = (int(os.environ.get(*x)) for x in names.items())
+        self.rank = int(os.environ.get("RANK", 0))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
-        if self.world > 1:  # hosts agree by gloo, so that no GPU has to be waited for
+        if self.world > 1:  # gloo for tensors on the CPU, so that hosts agree without their GPUs
             gpus = torch.cuda.is_available()
             dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
 
@@ -94,7 +95,7 @@ class Processes:
         return tensor
 
     def from_main(self, *numbers):
-        """Rank 0's numbers, on every process: what a clock or a signal decides is alike for all."""
+        """Rank 0's numbers on every process, so that all decide alike."""
         tensor = torch.tensor(numbers, dtype=torch.float64)
         if self.world > 1:
             dist.broadcast(tensor, src=0)

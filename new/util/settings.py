@@ -10,6 +10,7 @@ beginning of a text is the home folder.
 import difflib
 import functools
 import importlib
+import math
 import os
 import re
 import sys
@@ -37,7 +38,7 @@ def public(namespace):
 
 
 def typed(name, value, default, where):
-    """`value`, text or not, in the type of `default`; UserError if it is none of that type."""
+    """`value`, text or not, in the type of `default`; UserError if it cannot be converted."""
     kind, text = type(default), str(value)
     if kind is str and isinstance(value, (str, bool)):  # compile = True, where "auto" is default
         return os.path.expanduser(text)
@@ -49,7 +50,7 @@ def typed(name, value, default, where):
         number = float(text)
     except ValueError:
         number = float("nan")
-    if (kind is float and number == number) or (kind is int and number.is_integer()):
+    if (kind is float and math.isfinite(number)) or (kind is int and number.is_integer()):
         return kind(number)
     raise UserError(f"{where}: {name} must be {kind.__name__} like {default!r}, not {value!r}")
 
@@ -61,7 +62,7 @@ def read_config(name):
     found = {"__name__": "config", "__file__": str(path)}
     try:
         exec(compile(path.read_text(encoding="utf-8-sig"), str(path), "exec"), found)
-    except Exception as e:  # it is the user's Python, and theirs to mend
+    except Exception as e:  # the user's Python may raise anything
         raise UserError(f"{path}: {type(e).__name__}: {e}") from None
     return {key: value for key, value in found.items() if not (
         key.startswith("_") or callable(value) or isinstance(value, ModuleType))}
