@@ -2,6 +2,14 @@
 
     python train.py config/nano.py
     python train.py config/nano.py --max_minutes=20 --out_dir=out/nano20
+
+On a CPU, 1.8M parameters in 4.5 minutes: 906 steps = 0.93M characters on two shared cores of an AMD
+EPYC without bf16 units, torch 2.13.0, seed 1337, one run. Nats a character of 512 windows,
++- 0.010, and the estimated tokens a round; in brackets the 5-gram's:
+
+    GPT level 1.595 (1.605), one pass for a block of 16 characters 1.586, 6.79 tokens (4.30)
+
+On a GPU, 14M parameters and 5,000 steps of 16,384 characters: not measured yet.
 """
 
 import torch
