@@ -2,9 +2,10 @@
 a pass drawn independently, text read block by block.
 
     python train.py config/bd3lm.py
-    python train.py config/bd3lm.py --noise=clipped --out_dir=out/clipped      the paper's own noise
+    python train.py config/bd3lm.py --noise=clipped --clip_low=0.1 --clip_high=0.9 \
+        --out_dir=out/clipped            BD3-LM's kind of noise: its loss is not the bound
     python train.py config/bd3lm.py --corruption=target --noise=uniform --weighting=cascade \
-        --out_dir=out/note                       one target block a sequence: CASCADE's Phase 1 note
+        --out_dir=out/note               one target block a sequence: CASCADE's Phase 1 note
 """
 
 from config.nano import *  # noqa: F403  the nano's sizes
@@ -15,3 +16,5 @@ block_size = 8
 local_window = 0
 soft = 0
 noise = "balanced"
+if not torch.cuda.is_available():  # noqa: F405
+    batch_size = 16  # its loss is noisier than a GPT's
