@@ -6,6 +6,10 @@ a pass drawn independently, text read block by block.
         --out_dir=out/clipped            BD3-LM's kind of noise: its loss is not the bound
     python train.py config/bd3lm.py --corruption=target --noise=uniform --weighting=cascade \
         --out_dir=out/note               one target block a sequence: CASCADE's Phase 1 note
+
+On a CPU, 0.9M parameters in 4.5 minutes: 699 steps = 1.43M characters on two shared cores of an AMD
+EPYC without bf16 units, torch 2.13.0, seed 1337, one run: bound <= 2.021 +- 0.012 nats a character
+of 512 windows (the 5-gram: 1.605). On a GPU: not measured yet.
 """
 
 from config.nano import *  # noqa: F403  the nano's sizes
