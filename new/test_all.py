@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -992,19 +993,26 @@ def test_processes(folder):
         small = trained(folder, **how, micro_batch=micro, out_dir=f"{folder}/m{micro}")
         for name, p in small["model"].items():
             worst.note("micro-batches", p, whole["model"][name])
-    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-           "train.py"]
-    run = partial(subprocess.run, cwd=HERE, capture_output=True, text=True, check=False,
-                  env=os.environ | {"OMP_NUM_THREADS": "1"})
-    done = run([*two, *flags(folder, **how, micro_batch=1, out_dir=f"{folder}/two")])
-    assert done.returncode == 0 and done.stdout.count("device ") == 1, done.stderr
+    argv = ["train.py", *flags(folder, **how, micro_batch=1, out_dir=f"{folder}/two")]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*torchrun, *argv], cwd=HERE, capture_output=True, text=True, check=False,
+                         env=one_thread)
+    assert run.returncode == 0 and run.stdout.count("device ") == 1, run.stderr
     both = checkpoint.load(f"{folder}/two/last.pt")
     for name, p in both["model"].items():
         worst.note("processes", p, whole["model"][name])
     assert abs(both["figures"]["nll"]["gpt"][0] - whole["figures"]["nll"]["gpt"][0]) < 1e-5
-    failed = run([*two, *flags(folder, **how, out_dir=f"{folder}/two")])
-    assert failed.returncode != 0 and failed.stderr.count("error: ") == 1, failed.stderr
-    assert "holds a run" in failed.stderr
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    ranks = [one_thread | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+                           "MASTER_ADDR": "localhost", "MASTER_PORT": port} for rank in (0, 1)]
+    again = [subprocess.Popen([sys.executable, *argv], cwd=HERE, text=True, env=env,
+                              stderr=subprocess.PIPE) for env in ranks]
+    said = [each.communicate()[1] for each in again]
+    assert all(each.returncode == 2 for each in again) and "holds a run" in said[0], said
+    assert "error: " not in said[1], said
     return within(max(worst.values()), 1e-5, f"{worst}; all")
 
 
@@ -1106,7 +1114,8 @@ def test_configs(folder):
         tiny_data(folder, "To be, or not to be. " * 40)
         argv = flags(folder, **how)
         argv.remove("--block_size=4")
-        code, out, err = command(train.main, [f"config/{name}", *argv, "--overwrite=true"])
+        config = str(HERE / "config" / name)
+        code, out, err = command(train.main, [config, *argv, "--overwrite=true"])
         assert code == 0 and "nats/token" in out, (name, err)
         said = {"ar": "1 gpt\n", "bd3lm": "1 bound\n"}.get(name[:-3], "1 gpt + 1 draft\n")
         assert f"loss       {said}" in out, name
