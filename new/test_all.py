@@ -931,12 +931,13 @@ def test_batches():
                 {"draft_weight": 0.0}):
         s = SimpleNamespace(**train.DEFAULTS | TINY | how)
 
-        def drawn(step=3, world=1, micro=0, s=s):
+        def drawn(step=3, world=1, micro=0, s=s, how=how):
             found = []
             for rank in range(world):
                 s.micro_batch = micro
                 batches, blocks = train.draw_batches(s, 9, text, step, rank, world)
-                assert blocks == {"all": 16, "target": 4}[s.corruption] * (s.draft_weight > 0)
+                want = {"all": 16, "target": 4}[s.corruption] if s.draft_weight else 0
+                assert blocks == want, (how, blocks)
                 found += batches
             x0 = torch.cat([b.x0 for b in found])
             if s.draft_weight == 0:

@@ -212,7 +212,9 @@ def step_flops(model, s):
     attention = 12 * c.n_layer * c.n_head * c.head_dim * c.seq_len
     layers = sum(p.numel() for p in model.layers.parameters())
     local = sum(p.numel() for p in model.local.mlp.parameters()) if model.local else 0
-    clean = 6 * (layers + (head if c.context == "causal" else 0)) + attention
+    clean = 6 * layers + attention
+    if c.context == "causal":
+        clean += 6 * head
     noisy = 6 * (layers + local + head) + attention if s.draft_weight else 0
     return s.batch_size * c.seq_len * (clean + noisy)
 
