@@ -136,8 +136,9 @@ def build_flex_mask(N, S, device, sees, streams):
 def attention(q, k, v, mask=None, causal=False):
     """softmax(q k^T / sqrt(D)) v: q (B, Nq, H, D), k and v (B, Nk, Hkv, D) -> (B, Nq, H, D).
 
-    mask: bool, True where visible, broadcast to (B, H, Nq, Nk); or a BlockMask: then FlexAttention,
-    which has to be compiled to be fast, and has no backward on a CPU. causal: Nq = Nk."""
+    mask, broadcast to (B, H, Nq, Nk): bool, True where visible, or added to the scores; or a
+    BlockMask: then FlexAttention, which has to be compiled to be fast, and has no backward on a
+    CPU. causal: Nq = Nk."""
     dtype = v.dtype
     if q.device.type == "cpu":
         v = v.to(q.dtype)  # float32 under autocast too: the CPU's bf16 kernel is the slower one
@@ -330,10 +331,14 @@ class CascadeLM(nn.Module):
         """(V, C), a row for each real token."""
         return self.embed_tokens.weight[:-1] if self.config.tie_embeddings else self.lm_head.weight
 
+    def logits(self, h):
+        """h (..., C) of the trunk or the local head -> (..., V) float32."""
+        return at_least_float32(F.linear(self.norm(h), self.head_weight()))
+
     def logits_of(self, tokens):
-        """tokens (B, N), real or mask_id -> logits (B, N, V) float32 of the clean stream, at i: of
-        token i + 1 with context="causal", of token i with context="block"."""
-        return at_least_float32(F.linear(self.norm(self.streams(tokens)), self.head_weight()))
+        """tokens (B, N), real or mask_id -> logits (B, N, V) of the clean stream, at i: of token
+        i + 1 with context="causal", of token i with context="block"."""
+        return self.logits(self.streams(tokens))
 
     def forward(self, x0, xt=None, index=None, teacher=None, own_p=False):
         """The `NLLs` of a batch: x0, xt (B, N) int64, index (M,) int64; x0 alone for AR. Soft

@@ -1,7 +1,73 @@
-"""Decoding. So far the rules that choose what a denoising pass reveals."""
+"""Write text from a checkpoint, several tokens a pass, and watch it crystallise.
 
+    python sample.py                                    the nano of train.py, from a newline
+    python sample.py --prompt="KING." --mode=gpt        a token a pass, the same distribution
+    python sample.py --prompt=FILE:path --stop='\n'     a prompt from a file; - is standard input
+    python sample.py --num_samples=4 --delay=0.1        slowly, to watch
+    python sample.py --out_dir=out/bd3lm --rule=entropy
+
+    mode     a pass yields                                            whose distribution
+    gpt      one token                                                the GPT level's
+    verify   the drafts that the GPT level accepts, and its own       the GPT level's, exactly
+    block    S tokens drawn jointly, unverified; context="block":     the block level's
+             S / passes tokens, which an unmasking rule chooses
+
+A round of `verify` is two passes; x is the last token, M is [MASK]:
+
+    draft    in   x  M   M   M   M ..   S masks behind x, which is read as by a GPT, so that t is
+             out  t      d1  d2  d3     the GPT level's. The local head draws drafts behind t
+    read     in   t  d1  d2  d3         Read as text, drafts are accepted one by one, each with a
+             out     d1  d2  c          chance of min(1, p / q). Behind them stands a token c of the
+                                        GPT level: where one was refused, or a bonus
+
+As a library: `generate`, or `generate_stream`, which yields a `Step` after each pass.
+"""
+
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+
+from util.machine import autocast, choose_device, choose_dtype  # first: it ends if torch is too old
+
+# isort: split
 import torch
 import torch.nn.functional as F
+
+from model import attention
+from util import checkpoint
+from util.data import make_tokenizer, opening, read_text, token_id
+from util.settings import check, guarded, public, require, settings
+from util.view import View, printable
+
+# ---- settings ------------------------------------------------------------------------------------
+out_dir = "out/nano"  # a run's folder or a checkpoint file
+prompt = ""  # text, FILE:path or -; empty: the end of a text, or a newline where there is no such
+num_samples = 1
+max_new_tokens = 500
+mode = "auto"  # gpt, verify or block; auto: verify, or what a model without one of its levels can
+drafts = 0  # D of a round of verify, 1 .. S - 1; 0: S - 1
+temperature = 0.8  # 1: the trained distribution; 0: greedy
+top_k = 0  # only the k most probable tokens; 0: all
+top_p = 1.0  # only the most probable tokens, up to this much probability
+stop = ""  # a token that ends a sample: text, \n, or a name such as <|endoftext|>
+rule = "confidence"  # context="block": random, left_to_right, confidence, threshold or entropy
+passes = 0  # K of a block for the first three rules; 0: S, a token each
+limit = 0.0  # of threshold, a probability (0: 0.9), and of entropy, nats (0: 0.1)
+seed = 1337
+device = "auto"
+dtype = "auto"  # bfloat16 on a GPU that multiplies it, else float32
+delay = 0.0  # seconds between passes
+# --------------------------------------------------------------------------------------------------
+DEFAULTS = public(dict(globals()))
+OPTIONS = "mode drafts temperature top_k top_p rule passes limit seed".split()  # of `generate`
+LIMITS = {"threshold": 0.9, "entropy": 0.1}
+PROMPT, GPT, DRAFT = range(3)  # where a token comes from: the user, the GPT level, the block level
+
 
 # ---- unmasking rules -----------------------------------------------------------------------------
 # (log_p, masked, count, limit, score) -> bool (..., S): which masked tokens of a block to reveal
@@ -58,3 +124,418 @@ def smallest(key, masked, count):
     """The `count` masked tokens of each block with the smallest keys."""
     rank = key.masked_fill(~masked, torch.inf).argsort(dim=-1, stable=True).argsort(dim=-1)
     return masked & (rank < count.unsqueeze(-1))
+
+
+# ---- drawing -------------------------------------------------------------------------------------
+
+
+def truncated(logits, how):
+    """Log-probabilities (..., V) of logits (..., V) by how = (temperature, top_k, top_p). float64:
+    rounded ones act as a lower temperature (arXiv 2409.02908). The token that crosses top_p stays.
+    """
+    logits, (temperature, top_k, top_p) = logits.double(), how
+    nothing = torch.full_like(logits, -torch.inf)
+    if temperature == 0:
+        return nothing.scatter(-1, logits.argmax(dim=-1, keepdim=True), 0.0)
+    log_p = (logits / temperature).log_softmax(dim=-1)
+    if 0 < top_k < log_p.shape[-1]:
+        best, index = log_p.topk(top_k, dim=-1)
+        log_p = nothing.scatter(-1, index, best).log_softmax(dim=-1)
+    if top_p < 1:
+        falling, index = log_p.sort(dim=-1, descending=True)
+        before = F.pad(falling.exp().cumsum(dim=-1)[..., :-1], (1, 0))
+        falling = falling.masked_fill(before >= top_p, -torch.inf)
+        log_p = nothing.scatter(-1, index, falling).log_softmax(dim=-1)
+    return log_p
+
+
+def draw(log_p, race):
+    """Tokens (...) of log_p (..., V). race (..., V) is Gumbel noise, float64: the largest of
+    log p + race is that of token x with probability p(x)."""
+    return (log_p + race).argmax(dim=-1)
+
+
+def pick(table, token):  # of (..., V) the entries at token (...)
+    return table.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+
+
+def push(token, left):  # left (B, w), the last token first, one token (B,) later
+    return torch.cat([token[:, None], left[:, :-1]], dim=1)
+
+
+def draw_jointly(model, h, left, how, race):
+    """Drafts (B, D) and the log q (B, D, V) that they were drawn from: left to right, each given
+    those before it. h (B, D, C) of one pass; left (B, w), the text before; race (B, D, V)."""
+    drafts, log_q = [], []
+    for i in range(h.shape[1]):
+        here = h[:, i] if model.local is None else model.local(h[:, i], left)
+        log_q.append(truncated(model.logits(here), how))
+        drafts.append(draw(log_q[i], race[:, i]))
+        left = push(drafts[i], left)
+    return torch.stack(drafts, dim=1), torch.stack(log_q, dim=1)
+
+
+def accept(log_p, log_q, drafts, exist, u, race):
+    """Speculative sampling (arXiv 2211.17192): (number n (B,) of accepted drafts, next token (B,)).
+
+    drafts (B, D) were drawn from q (B, D, V); p (B, D + 1, V) is what they shall be distributed as,
+    each given those before it. Of row r the first exist[r] exist. Draft i is accepted with a chance
+    of min(1, p(d_i) / q(d_i)) if all before it were; u (B, D) in [0, 1). The next token is drawn
+    from the positive part of p - q at the next place, where q = 0 if no draft stands there."""
+    p, q = log_p.exp(), log_q.exp()
+    absent = torch.arange(drafts.shape[1], device=drafts.device) >= exist[:, None]
+    q = F.pad(q.masked_fill(absent.unsqueeze(-1), 0.0), (0, 0, 0, 1))  # (B, D + 1, V)
+    passed = u * pick(q[:, :-1], drafts) < pick(p[:, :-1], drafts)
+    n = passed.masked_fill(absent, False).long().cumprod(dim=1).sum(dim=1)
+    here = n[:, None, None].expand(-1, 1, p.shape[-1])
+    p, q = p.gather(1, here)[:, 0], q.gather(1, here)[:, 0]
+    rest = (p - q).clamp(min=0)
+    rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)  # p = q, but for rounding
+    return n, draw(rest.log(), race)
+
+
+# ---- passes: fixed shapes, random numbers from outside, no look of the host ----------------------
+# left (B, w): the last tokens of each window, the last one first. room (B,): how many tokens a row
+# may get before its window is full; 0: it is complete.
+
+
+class BlockCache:
+    """Keys, already rotated, and values of B windows, allocated once. Of row r the first length[r]
+    tokens are final; what stands behind them the next pass overwrites."""
+
+    def __init__(self, config, batch, device="cpu", dtype=torch.float32):
+        c, capacity = config, config.seq_len + config.block_size
+        shape = (2, c.n_layer, batch, capacity, c.n_kv_head, c.head_dim)
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype).unbind()
+        self.length = torch.zeros(batch, dtype=torch.int64, device=device)
+
+
+def read(model, tokens, cache, text):
+    """One pass over tokens (B, Q) behind the cached ones -> (B, Q, C). The first `text` of them are
+    finished text, the rest a block that is being written, which sees all. Their keys are written
+    behind `length`, which the caller moves over those that are final."""
+    (B, Q), c, device = tokens.shape, model.config, tokens.device
+    i = torch.arange(Q, device=device)
+    slots = cache.length[:, None] + i  # (B, Q): positions, too
+    unit = 1 if c.context == "causal" else c.block_size
+    last = torch.where(i < text, i // unit * unit + unit - 1, Q - 1)  # what each sees of the pass
+    behind = torch.arange(cache.k.shape[2], device=device) - cache.length[:, None]  # (B, keys)
+    mask = (behind[:, None] <= last[:, None])[:, None]  # (B, 1, Q, keys)
+    rows = torch.arange(B, device=device)[:, None]
+
+    def attend(layer, q, k, v):
+        keys, values = cache.k[layer], cache.v[layer]
+        keys[rows, slots], values[rows, slots] = k.to(keys.dtype), v.to(keys.dtype)
+        return attention(q, keys, values, mask)
+
+    return model.trunk(tokens, slots, attend)
+
+
+def gpt_pass(model, cache, how, left, room, race):
+    """The next token (B,); race (B, V)."""
+    h = read(model, left[:, :1], cache, 1)
+    cache.length.add_(room.clamp(max=1))
+    return draw(truncated(model.logits(h[:, 0]), how), race)
+
+
+def verify_round(model, cache, how, left, room, race, u):
+    """The two passes of the picture above: (tokens (B, D + 2): t, the drafts, c; n (B,): how many
+    drafts are accepted). A row without room for them gets t alone, or nothing. race (B, D + 2, V),
+    u (B, D).
+
+    With masks behind each number of drafts that may be accepted, the reading pass could draft, too:
+    one pass a round, where a pass costs much and a position little. That is not here yet."""
+    D = u.shape[1]
+    block = left.new_full((len(left), model.config.block_size), model.config.mask_id)
+    h = read(model, torch.cat([left[:, :1], block], dim=1), cache, 1)
+    cache.length.add_(room.clamp(max=1))
+    t = draw(truncated(model.logits(h[:, 0]), how), race[:, 0])
+    # h[:, 1] is of the mask in the place of t
+    drafts, log_q = draw_jointly(model, h[:, 2 : D + 2], push(t, left), how, race[:, 1:-1])
+    text = torch.cat([t[:, None], drafts], dim=1)
+    log_p = truncated(model.logits(read(model, text, cache, D + 1)), how)  # (B, D + 1, V)
+    n, c = accept(log_p, log_q, drafts, room - 2, u, race[:, -1])
+    cache.length.add_(torch.minimum(n + 1, (room - 1).clamp(min=0)))
+    return torch.cat([text, c[:, None]], dim=1), n
+
+
+def block_pass(model, cache, how, left, text, block, choose, race):
+    """(block (B, S) with the tokens that this pass reveals, log q (B, S) of what it drew). text
+    (B, T): finished tokens that it reads first. choose(log_q, masked): for context="block", an
+    unmasking rule. race (B, S, V)."""
+    T = text.shape[1]
+    h = read(model, torch.cat([text, block], dim=1), cache, T)[:, T:]
+    cache.length.add_(T)
+    if model.config.context == "causal":
+        block, log_q = draw_jointly(model, h, left, how, race)
+        return block, pick(log_q, block)
+    logits, masked = model.logits(h), block == model.config.mask_id
+    log_q = truncated(logits, how)
+    token = draw(log_q, race)
+    new = choose(logits.double().log_softmax(dim=-1), masked)
+    return torch.where(new, token, block), pick(log_q, token)
+
+
+# ---- the text, on the host -----------------------------------------------------------------------
+
+
+@dataclass
+class Step:
+    """The state after a pass: lists by row, and sums over rows. It is one object, which goes on:
+    copy what shall stay as it is."""
+
+    rows: list  # tokens, the prompt included
+    kinds: list  # of each token: PROMPT, GPT or DRAFT
+    pending: list  # what may come next: drafts, or the rest of a block with its masks
+    tokens: int = 0  # written
+    passes: int = 0  # without those that read prompts, and windows that moved on
+    rounds: int = 0
+    accepted: int = 0  # drafts
+
+    def __str__(self):
+        said = f"{self.tokens} tokens in {self.passes} passes, "
+        if self.rounds:
+            said += f"{self.rounds} rounds: {1 + self.accepted / self.rounds:.2f} a round, "
+        return f"{said}{self.tokens / max(1, self.passes):.2f} a pass"
+
+
+class Writer:
+    """The rows of a generation, and the window of each: what the network sees of it, seq_len tokens
+    at most with the one that is drawn. Where it begins is determined by the length of the text, in
+    every mode alike: when it is full it moves on by half."""
+
+    def __init__(self, model, prompts, max_new_tokens, stop_token, o):
+        c, B, device, dtype = model.config, len(prompts), model.cos.device, model.cos.dtype
+        if device.type != "cpu" and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)  # a CPU's attention is in float32
+        self.model, self.config, self.o, self.stop_token = model, c, o, stop_token
+        self.how, self.unit = (o.temperature, o.top_k, o.top_p), 1
+        if c.context == "block":
+            self.unit = c.block_size
+        rows = [list(map(int, row)) for row in prompts]
+        self.step = Step(rows, [[PROMPT] * len(row) for row in rows], [[] for _ in rows])
+        self.goal = [len(row) + max_new_tokens for row in rows]
+        self.living = [*range(B)] if max_new_tokens else []
+        self.base, self.cached = [0] * B, [-1] * B  # of windows: begin in the text, tokens cached
+        self.new_cache = partial(BlockCache, c, device=device, dtype=dtype)
+        self.cache = self.new_cache(B)
+        self.generator = torch.Generator(device).manual_seed(o.seed)
+
+    def noise(self, n):
+        """Random numbers of a pass or a round: race (B, n, V) for `draw`, and (B, n) in [0, 1)."""
+        shape, device = (len(self.goal), n), self.cache.k.device
+        u = torch.rand(shape, generator=self.generator, dtype=torch.float64, device=device)
+        race = u.new_empty(*shape, self.config.vocab_size).exponential_(generator=self.generator)
+        return -race.log(), u
+
+    def tensor(self, lists):
+        return torch.tensor(lists, dtype=torch.int64, device=self.cache.k.device)
+
+    def window(self, r):
+        """(begin, end) of row r's window, in whole units of finished text."""
+        N, unit = self.config.seq_len, self.unit
+        end, half = len(self.step.rows[r]) // unit * unit, -(-N // unit // 2) * unit
+        return max(0, ((end - N) // half + 1) * half), end
+
+    def prepare(self, T):
+        """Cache all windows but for their last T tokens, which the next pass reads. Returns left
+        (B, w), and of each row how many tokens it may get before its window is full or its goal is
+        reached, as lists."""
+        c, rows, stale = self.config, self.step.rows, []
+        lengths, room = [0] * len(rows), [0] * len(rows)
+        for r in self.living:
+            base, end = self.window(r)
+            lengths[r] = end - base - T
+            if base != self.base[r] or self.cached[r] < lengths[r]:
+                stale.append(r)
+            self.base[r], self.cached[r] = base, lengths[r]
+            room[r] = min(base + c.seq_len, self.goal[r]) - len(rows[r])
+        if any(lengths[r] for r in stale):
+            texts = [rows[r][self.base[r] :][: lengths[r]] for r in stale]
+            n, part = max(map(len, texts)), self.new_cache(len(stale))
+            tokens = self.tensor([text + [0] * (n - len(text)) for text in texts])
+            read(self.model, tokens, part, n)
+            self.cache.k[:, stale], self.cache.v[:, stale] = part.k, part.v
+        self.cache.length.copy_(self.tensor(lengths))
+        w = max(1, c.local_window)  # [MASK] stands before a text
+        left = [([c.mask_id] * w + row[-w:])[: -w - 1 : -1] for row in rows]
+        return self.tensor(left), room
+
+    def write(self, r, tokens, kind, pending=()):
+        """What a pass gave row r. Its goal completes it, or a stop token, which is left out."""
+        for token in tokens:
+            if token != self.stop_token:
+                self.step.rows[r].append(token)
+                self.step.kinds[r].append(kind)
+                self.step.tokens += 1
+            if token == self.stop_token or len(self.step.rows[r]) == self.goal[r]:
+                self.living.remove(r)
+                break
+        self.step.pending[r] = [*pending] if r in self.living else []
+
+
+# ---- modes: each of these writes to every row once, and yields after each pass -------------------
+
+
+def write_gpt(w):
+    left, room = w.prepare(1)
+    race, _ = w.noise(1)
+    tokens = gpt_pass(w.model, w.cache, w.how, left, w.tensor(room), race[:, 0]).tolist()
+    for r in [*w.living]:
+        w.step.passes += 1
+        w.cached[r] += 1
+        w.write(r, [tokens[r]], GPT)
+    yield
+
+
+def write_verified(w):
+    left, room = w.prepare(1)
+    race, u = w.noise(w.o.drafts + 2)
+    found = verify_round(w.model, w.cache, w.how, left, w.tensor(room), race, u[:, :-2])
+    tokens, accepted = (x.tolist() for x in found)  # the one look of the host
+    for r in [*w.living]:
+        w.step.passes += 1
+        w.write(r, tokens[r][:1], GPT, tokens[r][1:-1][: max(0, room[r] - 2)])
+    yield
+    for r in [*w.living]:
+        n = accepted[r]
+        w.step.passes += 1
+        if room[r] > 1:  # else nothing could be read: the window was full
+            w.step.rounds += 1
+            w.step.accepted += n
+            w.cached[r] += n + 2
+            w.write(r, tokens[r][1 : n + 1], DRAFT)
+        if room[r] > 1 and r in w.living:
+            w.write(r, tokens[r][-1:], GPT)
+    yield
+
+
+def write_blocks(w):
+    """A block of every row. With a block context blocks stand where they did in training: the rest
+    of a prompt that fills none is a part of the first block that is written."""
+    c, S, o, rows = w.config, w.config.block_size, w.o, [*w.living]
+    spans = {r: w.window(r) for r in rows}
+    T = min(S, *(end - base for base, end in spans.values()))  # S, or 0 to fill for short prompts
+    left, room = w.prepare(T)
+    block, text = [[0] * S for _ in w.goal], [[0] * T for _ in w.goal]
+    for r, (_, end) in spans.items():
+        row = w.step.rows[r]
+        block[r] = row[end:] + [c.mask_id] * (S - len(row) + end)
+        text[r] = row[end - T : end]
+        w.cached[r] += T
+    fixed = [S - tokens.count(c.mask_id) for tokens in block]
+    block, text = w.tensor(block), w.tensor(text)
+    for n in range(S):
+        count = ((block == c.mask_id).sum(dim=1) / max(1, (o.passes or S) - n)).ceil()
+        race, score = w.noise(S)
+        choose = partial(RULES[o.rule], count=count, limit=o.limit, score=score)
+        block, _ = block_pass(w.model, w.cache, w.how, left, text, block, choose, race)
+        text, found = text[:, :0], block.tolist()
+        for r in rows:
+            new = found[r][fixed[r] :]
+            w.step.passes += 1
+            if c.mask_id in new:
+                w.write(r, [], DRAFT, new)
+            else:
+                w.write(r, new[: room[r]], DRAFT)
+        rows = [r for r in rows if c.mask_id in found[r]]
+        yield
+        if not rows:
+            return
+
+
+MODES = {"gpt": write_gpt, "verify": write_verified, "block": write_blocks}
+
+
+def resolve(config, given):
+    """The options of a generation, of which the caller has `given` some; UserError if this model
+    cannot decode so."""
+    unknown = ", ".join(given.keys() - OPTIONS)
+    require(not unknown, f"unknown option {unknown}; known are {', '.join(OPTIONS)}, stop_token")
+    o, S = SimpleNamespace(**{name: DEFAULTS[name] for name in OPTIONS} | given), config.block_size
+    modes = ["block"]
+    if config.context == "causal":
+        modes = ["verify", "gpt", "block"] if S > 1 else ["gpt", "block"]
+    check(o, {"mode": ["auto", *modes], "rule": RULES},
+          dict.fromkeys("drafts temperature top_k top_p passes limit seed".split(), 0),
+          {"drafts": S - 1, "top_p": 1, "passes": S, "seed": 2**63 - 1})
+    if o.mode == "auto":
+        o.mode = modes[0]
+    o.drafts, o.limit = o.drafts or S - 1, o.limit or LIMITS.get(o.rule, 0.0)
+    return o
+
+
+@torch.inference_mode()
+def generate_stream(model, prompts, max_new_tokens, stop_token=None, **options):
+    """Continue `prompts`, lists of at least one token id, of any lengths, by max_new_tokens tokens
+    each or up to stop_token, an id. Yields a `Step` at the start and after each pass. options: the
+    settings above that are in OPTIONS. UserError for what this model cannot do."""
+    o, V = resolve(model.config, options), model.config.vocab_size
+    require(len(prompts) and max_new_tokens >= 0, "give a prompt or more, and max_new_tokens >= 0")
+    for row in prompts:
+        require(len(row) and min(row) >= 0 and max(row) < V,
+                f"a prompt needs at least one token, and all in 0 .. {V - 1}")
+    w = Writer(model, prompts, max_new_tokens, stop_token, o)
+    yield w.step
+    while w.living:
+        for _ in MODES[o.mode](w):
+            yield w.step
+
+
+def generate(model, prompts, max_new_tokens, stop_token=None, **options):
+    """The rows that generate_stream ends with: lists of token ids, the prompts included."""
+    *_, last = generate_stream(model, prompts, max_new_tokens, stop_token, **options)
+    return last.rows
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+@guarded
+def main(argv):
+    s, _ = settings(DEFAULTS, argv)
+    check(s, {"dtype": ("auto", "float32", "bfloat16")}, {"num_samples": 1, "delay": 0}, {})
+    device = choose_device(s.device)
+    model, state = checkpoint.load_model(s.out_dir, device)
+    if state["settings"]["draft_weight"] == 0:
+        check(s, {"mode": ("auto", "gpt")}, {}, {})  # a GPT: it cannot draft
+        s.mode = "gpt"
+    if s.dtype == "auto" and device == "cpu":
+        s.dtype = "float32"
+    s.dtype, _ = choose_dtype(s.dtype, device)
+    tokenizer, text = make_tokenizer(state["meta"]), s.prompt
+    if text == "-" or text.startswith("FILE:"):
+        text = read_text(text.removeprefix("FILE:"))
+    prompt = tokenizer.encode(text).tolist() or opening(tokenizer)
+    stop_token = token_id(tokenizer, s.stop) if s.stop else None
+    stream = generate_stream(model, [prompt] * s.num_samples, s.max_new_tokens, stop_token,
+                             **{name: getattr(s, name) for name in OPTIONS})
+    live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb")
+    live = live and not os.environ.get("NO_COLOR")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the view's end
+    step, seconds, code = None, 0.0, 0
+    try:
+        view = View(tokenizer, model.config.mask_id) if live else nullcontext()
+        with view, autocast(device, s.dtype):
+            began = time.perf_counter()
+            for step in stream:
+                seconds += time.perf_counter() - began
+                if live:
+                    view.show(step)
+                time.sleep(s.delay)
+                began = time.perf_counter()  # to show and to wait is not the model's time
+    except KeyboardInterrupt:
+        code = 130
+    if step is None:
+        return code
+    for i, row in enumerate(step.rows):
+        if s.num_samples > 1:
+            print(f"--- sample {i + 1} of {s.num_samples}")
+        shown = tokenizer.decode(row if text else row[len(prompt) :])
+        print(printable(shown) if live else shown, flush=True)
+    print(f"{step}, {step.tokens / seconds:,.0f} tokens/s in {s.dtype}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

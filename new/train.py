@@ -34,11 +34,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import corrupt
 import eval
+import sample
 from model import CascadeConfig, CascadeLM
 from util import checkpoint
-from util.data import Dataset, prepare_shipped, writing
+from util.data import Dataset, opening, prepare_shipped, writing
 from util.muon import Muon
-from util.settings import check, guarded, optional, public, require, settings
+from util.settings import UserError, check, guarded, optional, public, require, settings
 
 # ---- settings: each can be set in a config file or as --name=value -------------------------------
 # where
@@ -96,6 +97,7 @@ log_every = 50
 eval_every = 250  # steps from one validation, with its checkpoint, to the next
 eval_windows = 64
 final_windows = 512  # for the figures at the end
+sample_tokens = 300  # of the sample at the end; 0: none
 wandb = False  # besides out_dir/log.csv
 # the machine
 device = "auto"  # cuda if there is one, else cpu
@@ -110,7 +112,8 @@ CHOICES = {
 }
 LEAST = dict.fromkeys("batch_size log_every eval_every eval_windows final_windows".split(), 1)
 LEAST |= dict.fromkeys("draft_weight soft max_steps max_minutes micro_batch learning_rate muon_lr "
-                       "weight_decay beta1 beta2 grad_clip warmup_steps final_lr seed".split(), 0)
+                       "weight_decay beta1 beta2 grad_clip warmup_steps final_lr sample_tokens "
+                       "seed".split(), 0)
 MOST = {"soft": 1, "beta1": 0.9999, "beta2": 0.9999, "seed": 2**32, "batch_size": 2**24}
 # log.csv: gpt, draft and bound are the terms of the loss, with soft targets; val_ are plain NLLs
 COLUMNS = ("step", "seconds", "gpt", "draft", "bound", "val_gpt", "val_draft", "val_bound",
@@ -250,6 +253,18 @@ def resume_command(s):
     world = os.environ.get("LOCAL_WORLD_SIZE")
     start = ["torchrun", f"--nproc_per_node={world}"] if world else ["python"]
     return shlex.join([*start, sys.argv[0], f"--out_dir={s.out_dir}", "--init_from=resume"])
+
+
+def say_sample(model, data, tokens, ar):
+    """Print a text and, as sample.py has it, what it cost."""
+    try:
+        tokenizer = data.tokenizer()
+    except UserError as e:  # after a finished run this is no error
+        print(f"\nno sample: {e}")
+        return
+    mode = "gpt" if ar else "auto"
+    *_, step = sample.generate_stream(model, [opening(tokenizer)], tokens, mode=mode)
+    print(f"\n{tokenizer.decode(step.rows[0])}\n\n{step}")
 
 
 def train(s, given=()):
@@ -436,8 +451,10 @@ def train(s, given=()):
         f"of {min(s.final_windows, len(val) // s.seq_len)} windows of {s.seq_len}\n{eval.HEAD}")
     for line in eval.table_rows(found, data.bytes_per_token("val")):
         say(line)
-    say(f"\nthis is {out}/last.pt; best.pt, which eval.py takes, is of step "
-        f"{now.best_step}\nnext: python eval.py --out_dir={out}")
+    if s.sample_tokens and processes.main:
+        say_sample(model, data, s.sample_tokens, ar)
+    say(f"\nthis is {out}/last.pt; best.pt, which the others take, is of step {now.best_step}\n"
+        f"next: python sample.py --out_dir={out}\n      python eval.py --out_dir={out}")
     return 0
 
 

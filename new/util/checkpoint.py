@@ -23,7 +23,7 @@ FORMAT = 2
 # a resumed run may be given another budget, other reports, another machine; not other mathematics
 RESUME_MAY_CHANGE = set(
     "out_dir init_from overwrite dataset teacher max_steps max_minutes micro_batch log_every "
-    "eval_every eval_windows final_windows wandb device dtype compile".split())
+    "eval_every eval_windows final_windows sample_tokens wandb device dtype compile".split())
 # of another run's settings: those that its weights determine, and those that are its method
 FIXED_BY_WEIGHTS = set("n_layer n_head n_kv_head n_embd n_hidden tie_embeddings qk_norm".split())
 METHOD = set("soft noise corruption weighting m_min clip_low clip_high".split())

@@ -14,6 +14,7 @@ is the folder data/NAME, or $CASCADE_DATA/NAME; a name with a / in it is a path.
 import json
 import os
 import runpy
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import numpy as np
 from util.settings import ROOT, UserError, optional, require
 
 EOT = "<|endoftext|>"
+ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t"}  # as they are typed in a shell
 
 
 def data_root():
@@ -118,7 +120,41 @@ def make_tokenizer(meta):
     return ByteTokenizer() if kind == "byte" else GPT2Tokenizer()
 
 
+def opening(tokenizer):
+    """The ids of a prompt for who gives none: the end of a text, or a newline, or token 0."""
+    if tokenizer.eot is not None:
+        return [tokenizer.eot]
+    try:
+        return tokenizer.encode("\n").tolist()
+    except UserError:
+        return [0]
+
+
+def token_id(tokenizer, text):
+    """The id of a text that is one token; an escape or the name of a special token counts as it."""
+    special = {EOT: tokenizer.eot}
+    if tokenizer.kind == "hf":
+        special = {text: tokenizer.bpe.token_to_id(text)}
+    if special.get(text) is not None:
+        return special[text]
+    ids = tokenizer.encode(ESCAPES.get(text, text)).tolist()
+    require(len(ids) == 1, f"{text!r} is {len(ids)} tokens, not one")
+    return ids[0]
+
+
 # ---- reading and writing -------------------------------------------------------------------------
+
+
+def read_text(where):
+    """The text of a file, or of standard input if -. UTF-8; line ends stay as they are."""
+    try:
+        if where == "-":
+            return sys.stdin.buffer.read().decode("utf-8-sig")
+        return Path(where).expanduser().read_bytes().decode("utf-8-sig")
+    except OSError as e:
+        raise UserError(f"{where}: {e.strerror}; name a text file") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"{where}: byte {e.start} is not UTF-8; convert it") from None
 
 
 def prepare_shipped(name):
