@@ -129,60 +129,55 @@ def smallest(key, masked, count):
 # ---- drawing -------------------------------------------------------------------------------------
 
 
-def truncated(logits, how):
-    """Log-probabilities (..., V) of logits (..., V) by how = (temperature, top_k, top_p). float64:
-    rounded ones act as a lower temperature (arXiv 2409.02908). The token that crosses top_p stays.
-    """
+def probabilities(logits, how):
+    """p (..., V) float64 of logits (..., V) by how = (temperature, top_k, top_p). The token that
+    crosses top_p is kept."""
     logits, (temperature, top_k, top_p) = logits.double(), how
-    nothing = torch.full_like(logits, -torch.inf)
     if temperature == 0:
-        return nothing.scatter(-1, logits.argmax(dim=-1, keepdim=True), 0.0)
-    log_p = (logits / temperature).log_softmax(dim=-1)
-    if 0 < top_k < log_p.shape[-1]:
-        best, index = log_p.topk(top_k, dim=-1)
-        log_p = nothing.scatter(-1, index, best).log_softmax(dim=-1)
+        best = logits.argmax(dim=-1, keepdim=True)
+        return torch.zeros_like(logits).scatter(-1, best, 1.0)
+    p = (logits / temperature).softmax(dim=-1)
+    if 0 < top_k < p.shape[-1]:
+        best, index = p.topk(top_k, dim=-1)
+        p = torch.zeros_like(p).scatter(-1, index, best / best.sum(dim=-1, keepdim=True))
     if top_p < 1:
-        falling, index = log_p.sort(dim=-1, descending=True)
-        before = F.pad(falling.exp().cumsum(dim=-1)[..., :-1], (1, 0))
-        falling = falling.masked_fill(before >= top_p, -torch.inf)
-        log_p = nothing.scatter(-1, index, falling).log_softmax(dim=-1)
-    return log_p
+        falling, index = p.sort(dim=-1, descending=True)
+        before = falling.cumsum(dim=-1) - falling
+        kept = falling.masked_fill(before >= top_p, 0.0)
+        p = torch.zeros_like(p).scatter(-1, index, kept / kept.sum(dim=-1, keepdim=True))
+    return p
 
 
-def draw(log_p, race):
-    """Tokens (...) of log_p (..., V). race (..., V) is Gumbel noise, float64: the largest of
-    log p + race is that of token x with probability p(x)."""
-    return (log_p + race).argmax(dim=-1)
+def draw(p, u):
+    """Tokens (...) of p (..., V), which need not add up to 1, by u (...) in [0, 1). All float64:
+    rounded draws act as a lower temperature (arXiv 2409.02908)."""
+    below = p.cumsum(dim=-1)
+    return (below / below[..., -1:] <= u.unsqueeze(-1)).sum(dim=-1)
 
 
-def pick(table, token):  # of (..., V) the entries at token (...)
-    return table.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+def pick(p, token):  # of p (..., V) those of token (...)
+    return p.gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
-def push(token, left):  # left (B, w), the last token first, one token (B,) later
-    return torch.cat([token[:, None], left[:, :-1]], dim=1)
-
-
-def draw_jointly(model, h, left, how, race):
-    """Drafts (B, D) and the log q (B, D, V) that they were drawn from: left to right, each given
-    those before it. h (B, D, C) of one pass; left (B, w), the text before; race (B, D, V)."""
-    drafts, log_q = [], []
+def draw_jointly(model, h, left, how, u):
+    """Drafts (B, D) and the q (B, D, V) that they were drawn from: left to right, each given those
+    before it. h (B, D, C) of one pass; left (B, w), the text before, its last token first."""
+    drafts, q = [], []
     for i in range(h.shape[1]):
         here = h[:, i] if model.local is None else model.local(h[:, i], left)
-        log_q.append(truncated(model.logits(here), how))
-        drafts.append(draw(log_q[i], race[:, i]))
-        left = push(drafts[i], left)
-    return torch.stack(drafts, dim=1), torch.stack(log_q, dim=1)
+        q.append(probabilities(model.logits(here), how))
+        drafts.append(draw(q[i], u[:, i]))
+        left = torch.cat([drafts[i][:, None], left[:, :-1]], dim=1)
+    return torch.stack(drafts, dim=1), torch.stack(q, dim=1)
 
 
-def accept(log_p, log_q, drafts, exist, u, race):
+def accept(p, q, drafts, exist, u, u_next):
     """Speculative sampling (arXiv 2211.17192): (number n (B,) of accepted drafts, next token (B,)).
 
     drafts (B, D) were drawn from q (B, D, V); p (B, D + 1, V) is what they shall be distributed as,
     each given those before it. Of row r the first exist[r] exist. Draft i is accepted with a chance
-    of min(1, p(d_i) / q(d_i)) if all before it were; u (B, D) in [0, 1). The next token is drawn
-    from the positive part of p - q at the next place, where q = 0 if no draft stands there."""
-    p, q = log_p.exp(), log_q.exp()
+    of min(1, p(d_i) / q(d_i)) if all before it were. The next token is drawn from the positive part
+    of p - q at the next place, where q = 0 if no draft stands there. u (B, D) and u_next (B,)."""
     absent = torch.arange(drafts.shape[1], device=drafts.device) >= exist[:, None]
     q = F.pad(q.masked_fill(absent.unsqueeze(-1), 0.0), (0, 0, 0, 1))  # (B, D + 1, V)
     passed = u * pick(q[:, :-1], drafts) < pick(p[:, :-1], drafts)
@@ -191,12 +186,12 @@ def accept(log_p, log_q, drafts, exist, u, race):
     p, q = p.gather(1, here)[:, 0], q.gather(1, here)[:, 0]
     rest = (p - q).clamp(min=0)
     rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)  # p = q, but for rounding
-    return n, draw(rest.log(), race)
+    return n, draw(rest, u_next)
 
 
-# ---- passes: fixed shapes, random numbers from outside, no look of the host ----------------------
-# left (B, w): the last tokens of each window, the last one first. room (B,): how many tokens a row
-# may get before its window is full; 0: it is complete.
+# ---- passes: fixed shapes, no look of the host ---------------------------------------------------
+# left (B, w): the last tokens of each row, the last one first. room (B,): how many tokens a row may
+# get; 0: it is complete. u: random numbers in [0, 1), float64.
 
 
 class BlockCache:
@@ -231,49 +226,48 @@ def read(model, tokens, cache, text):
     return model.trunk(tokens, slots, attend)
 
 
-def gpt_pass(model, cache, how, left, room, race):
-    """The next token (B,); race (B, V)."""
+def gpt_pass(model, cache, how, left, room, u):
+    """The next token (B,); u (B, 1)."""
     h = read(model, left[:, :1], cache, 1)
     cache.length.add_(room.clamp(max=1))
-    return draw(truncated(model.logits(h[:, 0]), how), race)
+    return draw(probabilities(model.logits(h[:, 0]), how), u[:, 0])
 
 
-def verify_round(model, cache, how, left, room, race, u):
+def verify_round(model, cache, how, left, room, D, u):
     """The two passes of the picture above: (tokens (B, D + 2): t, the drafts, c; n (B,): how many
-    drafts are accepted). A row without room for them gets t alone, or nothing. race (B, D + 2, V),
-    u (B, D).
+    drafts are accepted). A row without room for them gets t alone, or nothing. u (B, 2 D + 2).
 
     With masks behind each number of drafts that may be accepted, the reading pass could draft, too:
     one pass a round, where a pass costs much and a position little. That is not here yet."""
-    D = u.shape[1]
     block = left.new_full((len(left), model.config.block_size), model.config.mask_id)
     h = read(model, torch.cat([left[:, :1], block], dim=1), cache, 1)
     cache.length.add_(room.clamp(max=1))
-    t = draw(truncated(model.logits(h[:, 0]), how), race[:, 0])
+    t = draw(probabilities(model.logits(h[:, 0]), how), u[:, 0])
+    left = torch.cat([t[:, None], left[:, :-1]], dim=1)
     # h[:, 1] is of the mask in the place of t
-    drafts, log_q = draw_jointly(model, h[:, 2 : D + 2], push(t, left), how, race[:, 1:-1])
+    drafts, q = draw_jointly(model, h[:, 2 : D + 2], left, how, u[:, 1:])
     text = torch.cat([t[:, None], drafts], dim=1)
-    log_p = truncated(model.logits(read(model, text, cache, D + 1)), how)  # (B, D + 1, V)
-    n, c = accept(log_p, log_q, drafts, room - 2, u, race[:, -1])
+    p = probabilities(model.logits(read(model, text, cache, D + 1)), how)  # (B, D + 1, V)
+    n, c = accept(p, q, drafts, room - 2, u[:, D + 1 : -1], u[:, -1])
     cache.length.add_(torch.minimum(n + 1, (room - 1).clamp(min=0)))
     return torch.cat([text, c[:, None]], dim=1), n
 
 
-def block_pass(model, cache, how, left, text, block, choose, race):
-    """(block (B, S) with the tokens that this pass reveals, log q (B, S) of what it drew). text
-    (B, T): finished tokens that it reads first. choose(log_q, masked): for context="block", an
-    unmasking rule. race (B, S, V)."""
+def block_pass(model, cache, how, left, text, block, choose, u):
+    """(block (B, S) with the tokens that this pass reveals, q (B, S) of what it drew). text (B, T):
+    finished tokens that it reads first. choose(log_q, masked): for context="block", an unmasking
+    rule. u (B, S)."""
     T = text.shape[1]
     h = read(model, torch.cat([text, block], dim=1), cache, T)[:, T:]
     cache.length.add_(T)
     if model.config.context == "causal":
-        block, log_q = draw_jointly(model, h, left, how, race)
-        return block, pick(log_q, block)
+        block, q = draw_jointly(model, h, left, how, u)
+        return block, pick(q, block)
     logits, masked = model.logits(h), block == model.config.mask_id
-    log_q = truncated(logits, how)
-    token = draw(log_q, race)
+    q = probabilities(logits, how)
+    token = draw(q, u)
     new = choose(logits.double().log_softmax(dim=-1), masked)
-    return torch.where(new, token, block), pick(log_q, token)
+    return torch.where(new, token, block), pick(q, token)
 
 
 # ---- the text, on the host -----------------------------------------------------------------------
@@ -315,18 +309,17 @@ class Writer:
         rows = [list(map(int, row)) for row in prompts]
         self.step = Step(rows, [[PROMPT] * len(row) for row in rows], [[] for _ in rows])
         self.goal = [len(row) + max_new_tokens for row in rows]
-        self.living = [*range(B)] if max_new_tokens else []
+        self.living = dict.fromkeys(range(B) if max_new_tokens else [])  # a set, in order
         self.base, self.cached = [0] * B, [-1] * B  # of windows: begin in the text, tokens cached
         self.new_cache = partial(BlockCache, c, device=device, dtype=dtype)
         self.cache = self.new_cache(B)
         self.generator = torch.Generator(device).manual_seed(o.seed)
 
-    def noise(self, n):
-        """Random numbers of a pass or a round: race (B, n, V) for `draw`, and (B, n) in [0, 1)."""
-        shape, device = (len(self.goal), n), self.cache.k.device
-        u = torch.rand(shape, generator=self.generator, dtype=torch.float64, device=device)
-        race = u.new_empty(*shape, self.config.vocab_size).exponential_(generator=self.generator)
-        return -race.log(), u
+    def uniform(self, n):
+        """(B, n) random numbers in [0, 1)."""
+        shape = len(self.goal), n
+        return torch.rand(shape, dtype=torch.float64, generator=self.generator,
+                          device=self.generator.device)
 
     def tensor(self, lists):
         return torch.tensor(lists, dtype=torch.int64, device=self.cache.k.device)
@@ -369,7 +362,7 @@ class Writer:
                 self.step.kinds[r].append(kind)
                 self.step.tokens += 1
             if token == self.stop_token or len(self.step.rows[r]) == self.goal[r]:
-                self.living.remove(r)
+                del self.living[r]
                 break
         self.step.pending[r] = [*pending] if r in self.living else []
 
@@ -379,8 +372,8 @@ class Writer:
 
 def write_gpt(w):
     left, room = w.prepare(1)
-    race, _ = w.noise(1)
-    tokens = gpt_pass(w.model, w.cache, w.how, left, w.tensor(room), race[:, 0]).tolist()
+    found = gpt_pass(w.model, w.cache, w.how, left, w.tensor(room), w.uniform(1))
+    tokens = found.tolist()
     for r in [*w.living]:
         w.step.passes += 1
         w.cached[r] += 1
@@ -390,8 +383,8 @@ def write_gpt(w):
 
 def write_verified(w):
     left, room = w.prepare(1)
-    race, u = w.noise(w.o.drafts + 2)
-    found = verify_round(w.model, w.cache, w.how, left, w.tensor(room), race, u[:, :-2])
+    D, room_ = w.o.drafts, w.tensor(room)
+    found = verify_round(w.model, w.cache, w.how, left, room_, D, w.uniform(2 * D + 2))
     tokens, accepted = (x.tolist() for x in found)  # the one look of the host
     for r in [*w.living]:
         w.step.passes += 1
@@ -427,9 +420,9 @@ def write_blocks(w):
     block, text = w.tensor(block), w.tensor(text)
     for n in range(S):
         count = ((block == c.mask_id).sum(dim=1) / max(1, (o.passes or S) - n)).ceil()
-        race, score = w.noise(S)
+        u, score = w.uniform(2 * S).chunk(2, dim=1)
         choose = partial(RULES[o.rule], count=count, limit=o.limit, score=score)
-        block, _ = block_pass(w.model, w.cache, w.how, left, text, block, choose, race)
+        block, _ = block_pass(w.model, w.cache, w.how, left, text, block, choose, u)
         text, found = text[:, :0], block.tolist()
         for r in rows:
             new = found[r][fixed[r] :]

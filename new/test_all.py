@@ -7,12 +7,14 @@ One line each: PASS, FAIL or SKIP, the name, the seconds, what was measured and 
 The last line is `N passed, M failed, K skipped`; the exit code is 1 if any failed.
 """
 
+import copy
 import inspect
 import io
 import itertools
 import math
 import multiprocessing
 import os
+import re
 import shlex
 import signal
 import socket
@@ -37,12 +39,13 @@ import torch.nn.functional as F
 import eval
 import model
 import reference
+import sample
 import train
 from corrupt import SCHEDULES, WEIGHTINGS, Rates, masked_diffusion_loss
 from corrupt import corrupt_all_blocks as all_blocks
 from corrupt import corrupt_target_block as target_block
 from model import CascadeConfig, CascadeLM, attention, clean_sees, noisy_sees
-from util import checkpoint, data, settings
+from util import checkpoint, data, settings, view
 from util.hf import HFTokenizer
 from util.muon import Muon, orthogonalize
 from util.ngram import NGram
@@ -1186,6 +1189,364 @@ def test_mistakes(folder):
         except ZeroDivisionError:
             return f"{len(in_training + in_evaluation)} mistakes; a bug keeps its traceback"
     raise AssertionError("a bug became a message")
+
+
+# ---- decoding ------------------------------------------------------------------------------------
+
+
+def window_of(row, N, unit=1):
+    """(begin, end) of a text's window: it moves on by half whenever it is full."""
+    begin, end = 0, len(row) // unit * unit
+    while end - begin >= N:
+        begin += math.ceil(N / unit / 2) * unit
+    return begin, end
+
+
+@torch.no_grad()
+def slow_gpt(net, row, count):
+    """The greedy text of the GPT level, without a cache."""
+    row = [*row]
+    for _ in range(count):
+        begin, _ = window_of(row, net.config.seq_len)
+        row.append(net.logits_of(torch.tensor([row[begin:]]))[0, -1].argmax().item())
+    return row
+
+
+@torch.no_grad()
+def slow_blocks(net, row, count, rule="confidence", passes=1, limit=0.0):
+    """The greedy text of the block level by the oracle, block by block."""
+    c, state, row, goal = net.config, net.state_dict(), [*row], len(row) + count
+    S, unit = c.block_size, 1 if c.context == "causal" else c.block_size
+    while len(row) < goal:
+        begin, end = window_of(row, c.seq_len, unit)
+        block, before = (row[end:] + [c.mask_id] * S)[:S], row[begin:end]
+        read = reference.draft_rule(len(before), reference.context_rule(c))
+        for n in range(S):
+            text = torch.tensor([before + block])
+            h = reference.reference_trunk(state, c, text, read)[:, len(before) :]
+            new = masked = text[:, len(before) :] == c.mask_id
+            if unit > 1:
+                log_p = reference.reference_head(state, c, h).log_softmax(-1)
+                left = (masked.sum(dim=1) / max(1, passes - n)).ceil()
+                new = sample.RULES[rule](log_p, masked, left, limit, None)
+            for i in new[0].nonzero()[:, 0].tolist():
+                here, text = h[:, i], torch.tensor([before + block])
+                if c.local_window:
+                    left = reference.left_of(c, text, len(before) + i)
+                    here = reference.reference_local(state, c, here, left)
+                block[i] = reference.reference_head(state, c, here).argmax().item()
+        row += block[len(row) - end :][: min(goal, begin + c.seq_len) - len(row)]
+    return row
+
+
+def wrong_drafter(net):
+    """The same GPT level, another block level: of [MASK] and local head."""
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other.embed_tokens.weight[-1].normal_(generator=generator(5))
+        for p in [] if other.local is None else other.local.parameters():
+            p.normal_(generator=generator(6))
+    return other
+
+
+def decode(net, prompts, count, **how):
+    """The last `Step` of a generation."""
+    *_, last = sample.generate_stream(net, prompts, count, **how)
+    return last
+
+
+PROMPTS = [[1], [2, 3, 4], [0, 1] * 7, [4] * 15, [3, 1, 2] * 12]
+
+
+def test_decoding_greedy():
+    """At temperature 0 `verify` writes what `gpt` writes, and that what a loop without a cache
+    does: 150 tokens past the end of the context, prompts of five lengths, a batch as each row
+    alone, for several D. A wrong drafter changes the passes and nothing else."""
+    tokens, passes = 0, []
+    for shape in SHAPES[0], SHAPES[1], SHAPES[4]:
+        net = tiny_model(vocab_size=5, **shape).eval()
+        want = [slow_gpt(net, row, 150) for row in PROMPTS]
+        gpt = decode(net, PROMPTS, 150, temperature=0, mode="gpt")
+        assert gpt.rows == want and gpt.passes == gpt.tokens == 750, shape
+        for drafts, drafter in itertools.product((0, 1, 2), (net, wrong_drafter(net))):
+            how = {"temperature": 0, "mode": "verify", "drafts": drafts}
+            step = decode(drafter, PROMPTS, 150, **how)
+            assert step.rows == want, (shape, drafts)
+            assert sample.generate(drafter, PROMPTS[2:3], 150, **how) == want[2:3], shape
+            kinds = [kinds.count(sample.DRAFT) for kinds in step.kinds]
+            assert 0 < step.accepted == sum(kinds) and step.passes < 750
+            passes.append(step.passes)
+            tokens += step.tokens
+    assert passes[0] != passes[1]
+    return f"{tokens} tokens, each by its greedy choice; {passes[0]} and {passes[1]} passes for 750"
+
+
+def test_decoding_blocks():
+    """Mode block at temperature 0 writes what the oracle does, past the end of the context: drafts
+    of a causal context, unverified; with a block context five settings of four rules, and prompts
+    that do not fill a block."""
+    tiny = partial(tiny_model, vocab_size=5, n_layer=1, n_head=2, seq_len=12)
+    block = tiny(block_size=4, context="block")
+    for net, how in (
+        (tiny(block_size=3), {}), (tiny(block_size=4, local_window=0), {}), (block, {"passes": 2}),
+        (block, {"passes": 3, "rule": "left_to_right"}), (block, {"passes": 4}),
+        (block, {"rule": "threshold", "limit": 0.45}), (block, {"rule": "entropy", "limit": 1.0}),
+    ):
+        want = [slow_blocks(net, row, 26, **how) for row in PROMPTS]
+        greedy = partial(decode, net, mode="block", temperature=0, **how)
+        assert greedy(PROMPTS, 26).rows == want, (net.config.context, how)
+        if how == {"passes": 2}:  # from token 15 to 42 at most, the first block has one left
+            assert greedy(PROMPTS[3:4], 26).passes == 1 + 2 * 7
+    return "7 ways, 26 tokens behind each of 5 prompts"
+
+
+@torch.no_grad()
+def test_decoding_cached():
+    """A cached pass over text and a block behind it, at every place, rows of different lengths,
+    equals the oracle's pass over all; both contexts. No trace of a noisy block remains."""
+    worst = Worst()
+    for shape, context in itertools.product(SHAPES, CONTEXTS):
+        net = tiny_model(**shape, context=context)
+        c, state = net.config, net.state_dict()
+        S, N, unit = c.block_size, c.seq_len, 1 if context == "causal" else c.block_size
+        x0, xt, _ = batch_for(net)
+        cache = sample.BlockCache(c, 3)
+        for first in range(0, N - S + 1, unit):
+            lengths = torch.tensor([first, (first + 2 * unit) % (N - S + unit), 0])
+            cache.length.zero_()
+            sample.read(net, x0, cache, N)  # all of it, of which each row keeps its part
+            cache.length.copy_(lengths)
+            for text in (0, unit):
+                tokens = [[*row[n : n + text], *noise[:S]]
+                          for row, noise, n in zip(x0, xt, lengths, strict=True)]
+                h = sample.read(net, torch.tensor(tokens), cache, text)
+                for row, n in enumerate(lengths.tolist()):
+                    whole = torch.cat([x0[row, : n + text], xt[row, :S]])[None]
+                    rule = reference.draft_rule(n + text, reference.context_rule(c))
+                    want = reference.reference_trunk(state, c, whole, rule)[0, n:]
+                    worst.note(context, h[row, -len(want) :], want)
+    return within(max(worst.values()), 1e-5, f"{worst}; all")
+
+
+def slow_truncation(p, temperature, top_k, top_p):
+    """p (V,) after temperature, top-k and top-p, one token after the other."""
+    p = (p.double().log() / temperature).softmax(-1).tolist()
+    falling, kept = sorted(range(len(p)), key=lambda i: -p[i])[: top_k or len(p)], []
+    total = sum(p[i] for i in falling)
+    while sum(p[i] for i in kept) < top_p * total and len(kept) < len(falling):
+        kept.append(falling[len(kept)])
+    total = sum(p[i] for i in kept)
+    return torch.tensor([p[i] / total if i in kept else 0.0 for i in range(len(p))])
+
+
+@torch.no_grad()
+def test_decoding_distribution():
+    """What is written has the distribution of the GPT level, across the end of a window: chi-square
+    of 8,000 texts of 4 tokens against all 256, enumerated, after temperature, top-k and top-p; in
+    modes gpt and verify, with a wrong drafter, too. Random numbers and what they meet are float64.
+    """
+    net = tiny_model(vocab_size=4, seq_len=9, n_layer=1, n_head=2)
+    worst, prompt, names = 0.0, [1, 2, 0, 3, 1, 2], ("temperature", "top_k", "top_p")
+    for how in ((1.0, 0, 1.0), (0.7, 3, 1.0), (1.3, 0, 0.8), (0.9, 3, 0.7)):
+        exact = torch.ones(1, dtype=torch.float64)
+        for n in range(4):
+            texts = torch.tensor([prompt + [*t] for t in itertools.product(range(4), repeat=n)])
+            logits = net.logits_of(texts[:, window_of(texts[0], 9)[0] :])[:, -1]
+            p = torch.stack([slow_truncation(x.softmax(-1), *how) for x in logits])
+            found = sample.probabilities(logits, how)
+            assert found.dtype == torch.float64 and diff(found, p) < 1e-6
+            exact = (exact[:, None] * p).flatten()
+        for seed, (mode, drafter) in enumerate((("gpt", net), ("verify", net),
+                                                ("verify", wrong_drafter(net)))):
+            options = {"mode": mode, "seed": seed} | dict(zip(names, how, strict=True))
+            rows = sample.generate(drafter, [prompt] * 8000, 4, **options)
+            index = (torch.tensor(rows)[:, 6:] * torch.tensor([64, 16, 4, 1])).sum(dim=1)
+            found, expected = torch.bincount(index, minlength=256), exact * 8000
+            assert (found[exact == 0] == 0).all(), "a token that was cut off was drawn"
+            many = expected >= 5  # the others are one cell
+            found, expected = (torch.cat([x[many], x[~many].sum(dim=0, keepdim=True)])
+                               for x in (found, expected))
+            chi = ((found - expected) ** 2 / expected.clamp(min=1e-9)).sum().item()
+            df = int((expected > 0).sum()) - 1
+            worst = max(worst, (chi - df) / math.sqrt(2 * df))
+    writer = sample.Writer(net, [prompt], 1, None, sample.resolve(net.config, {}))
+    assert writer.uniform(2).dtype == torch.float64
+    return within(worst, 4, "12 runs, chi-square, standard deviations above its mean")
+
+
+@torch.no_grad()
+def test_decoding_drafts_as_trained():
+    """The sampler's draft distributions are training's, place by place: those that `verify` and
+    `block` draw from, against the oracle's pass over the text that came of it."""
+    worst, places = 0.0, 0
+    for shape in ({"block_size": 3}, {"block_size": 5, "local_window": 7},
+                  {"block_size": 3, "local_window": 0}):
+        net = tiny_model(**shape)
+        c, S = net.config, net.config.block_size
+        for blocks, mode in itertools.product(range(1, 15 // S), ("verify", "block")):
+            prompts, found = [[1, 7, 4, 9, 0] * 3, [2] * 15], []
+
+            def drawn(*args, found=found, draw=sample.draw_jointly):
+                found.append(draw(*args))
+                return found[-1]
+
+            with patch.object(sample, "draw_jointly", drawn):
+                steps = sample.generate_stream(net, [row[: S * blocks] for row in prompts], S,
+                                               mode=mode, temperature=1.0)
+                next(steps)
+                written = [[*row] for row in next(steps).rows]
+            drafts, q = found[0]
+            text = torch.tensor(written)[:, : S * (blocks + 1) - drafts.shape[1]]
+            x0 = torch.cat([text, drafts], dim=1)
+            xt = torch.full_like(x0, c.mask_id)
+            want = reference.reference_block_logits(net.state_dict(), c, x0, xt).softmax(-1)
+            worst = max(worst, diff(q, want[:, -drafts.shape[1] :]))
+            places += drafts.numel()
+    return within(worst, 5e-6, f"{places} distributions, max|diff|")
+
+
+@torch.no_grad()
+def test_decoding_acceptance():
+    """Over the sampler's own rounds the mean of sum_i prod_{j <= i} min(1, p_j / q_j), by the
+    oracle's p and q, is the mean number of accepted drafts."""
+    net, excess, drafted = tiny_model(n_layer=1, n_head=1, vocab_size=5, seq_len=12), [], None
+    c, state, S = net.config, net.state_dict(), net.config.block_size
+    for step in sample.generate_stream(net, [[1], [2, 3]] * 20, 30, mode="verify", temperature=1.0):
+        for r, (row, drafts) in enumerate(drafted or []):  # this was the reading pass
+            begin, _ = window_of(row[:-1], 12)
+            text, lo = torch.tensor([row[begin:] + drafts]), len(row) - 1 - begin
+            if len(drafts) < S - 1:
+                continue  # near the goal or the end of a window
+            p = reference.reference_logits(state, c, text)[0].softmax(-1)
+            xt = torch.cat([text[:, :lo], torch.full((1, S), c.mask_id)], dim=1)
+            h = reference.reference_trunk(state, c, xt, reference.draft_rule(
+                lo, reference.causal_rule))
+            chance, expected = 1.0, 0.0
+            for i, draft in enumerate(drafts, lo + 1):
+                here = reference.reference_local(state, c, h[:, i], reference.left_of(c, text, i))
+                q = reference.reference_head(state, c, here)[0].softmax(-1)
+                chance *= min(1.0, (p[i - 1, draft] / q[draft]).item())
+                expected += chance
+            excess.append(step.kinds[r][len(row) :].count(sample.DRAFT) - expected)
+        drafted = copy.deepcopy([*zip(step.rows, step.pending, strict=True)])
+        drafted = drafted if any(step.pending) else None
+    excess = torch.tensor(excess)
+    off = abs(excess.mean().item()) / (excess.std().item() / math.sqrt(len(excess)))
+    return within(off, 3.5, f"{len(excess)} rounds, standard errors off")
+
+
+@torch.no_grad()
+def test_decoding_log_probabilities():
+    """The log-probabilities that the sampler writes with are those of eval.py's replay of its text,
+    by the same rule; `random` reveals as many as the others."""
+    net = tiny_model(seq_len=12, block_size=4, context="block", vocab_size=5, n_layer=1, n_head=2)
+    worst = 0.0
+    for rule, K, limit in (("left_to_right", 3, 0), ("confidence", 1, 0), ("confidence", 3, 0),
+                           ("threshold", 0, 0.45), ("entropy", 0, 1.0), ("random", 2, 0)):
+        nll, block_pass = torch.zeros(6, dtype=torch.float64), sample.block_pass
+
+        def passed(*args, nll=nll, block_pass=block_pass):
+            block, q = block_pass(*args)
+            nll -= torch.where(block != args[5], q.log(), 0.0).sum(dim=1)
+            return block, q
+
+        with patch.object(sample, "block_pass", passed):
+            step = decode(net, [[1, 2, 3, 4]] * 6, 8, temperature=1.0, rule=rule, passes=K,
+                          limit=limit)
+        passes = 6 * 2 * 2
+        if rule != "random":
+            want, count = eval.replay(net, torch.tensor(step.rows), rule, K or 1, limit)
+            worst, passes = max(worst, diff(nll, want[:, 4:].sum(dim=1))), count[:, 1:].sum()
+        assert step.passes == passes, (rule, step.passes)
+    return within(worst, 1e-5, "5 settings of 4 rules, nats of a text, max|diff|")
+
+
+@torch.no_grad()
+def test_decoding_compiles_whole():
+    """A round is one graph, with the same tokens for the same random numbers."""
+    torch._dynamo.reset()
+    net, found = tiny_model(), []
+    for run in (sample.verify_round,
+                torch.compile(sample.verify_round, fullgraph=True, backend="eager")):
+        w = sample.Writer(net, [[1, 2, 3], [4]], 9, None, sample.resolve(net.config, {}))
+        for _ in range(3):
+            left, room = w.prepare(1)
+            how = (0.9, 8, 0.9)
+            found += run(net, w.cache, how, left, w.tensor(room), 2, w.uniform(6))
+            found.append(w.cache.length.clone())
+    assert all(map(torch.equal, found[:9], found[9:])) and found[1].sum() + found[4].sum() > 0
+    return "one graph, 3 rounds"
+
+
+def test_decoding_ends():
+    """A stop token ends its row, is left out, and counts in no prompt; [MASK] is never written,
+    however hot; no token to write; what a model cannot do is refused in one line."""
+    net, block = tiny_model(vocab_size=5), tiny_model(context="block")
+    want = sample.generate(net, PROMPTS, 40, temperature=0, mode="gpt")
+    for mode, stop_token in itertools.product(("gpt", "verify"), range(5)):
+        rows = sample.generate(net, PROMPTS, 40, stop_token, temperature=0, mode=mode)
+        for row, prompt, whole in zip(rows, PROMPTS, want, strict=True):
+            text = whole[len(prompt) :]
+            end = text.index(stop_token) if stop_token in text else len(text)
+            assert row == whole[: len(prompt) + end], (mode, stop_token)
+    rows = sample.generate(net, PROMPTS, 40, temperature=100.0)
+    assert sample.generate(net, PROMPTS, 0) == PROMPTS and {*itertools.chain(*rows)} == {*range(5)}
+    for model_, word, how in (
+        (net, "mode", {"mode": "draft"}), (block, "auto or block", {"mode": "verify"}),
+        (tiny_model(block_size=1), "auto or gpt", {"mode": "verify"}),
+        (net, "drafts", {"drafts": 3}), (net, "top_p", {"top_p": 1.5}), (net, "rule", {"rule": ""}),
+        (net, "unknown option tau", {"tau": 1}), (net, "temperature", {"temperature": -1.0}),
+    ):
+        refuses(partial(sample.generate, model_, [[1]], 3), word, **how)
+    for prompts, count in (([[]], 3), ([], 3), ([[5]], 3), ([[-1]], 3), ([[1]], -1)):
+        refuses(sample.generate, "prompt", model=net, prompts=prompts, max_new_tokens=count)
+    return "5 stop tokens, 13 refusals"
+
+
+def test_sample_command(folder):
+    """A prompt of text, of a file (byte order mark, line ends as they are) or of standard input;
+    special names as --stop; a GPT; plain text in pipes, with a line of figures on stderr. On a
+    terminal each token in its colour, no line longer than that, no control character."""
+    trained(folder, max_steps=60)
+    run = f"--out_dir={folder}/run"
+    Path(folder, "prompt.txt").write_bytes("\ufeffabc abd,".encode())
+    texts = []
+    for prompt in ("abc abd,", f"FILE:{folder}/prompt.txt", "-"):
+        stdin = SimpleNamespace(buffer=io.BytesIO(b"abc abd,"))
+        with patch.object(sys, "stdin", stdin):
+            code, out, err = command(sample.main, [run, f"--prompt={prompt}", "--stop=."])
+        assert code == 0 and "tokens/s in float32" in err and "\x1b" not in out, err
+        texts.append(out)
+    assert len({*texts}) == 1 and texts[0].startswith("abc abd,") and "." not in texts[0], texts
+    code, out, err = command(sample.main, [run, "--num_samples=2", "--max_new_tokens=9"])
+    assert out.count("--- sample") == 2 and err.startswith("18 tokens"), (out, err)
+    assert data.token_id(data.ByteTokenizer(), data.EOT) == 255
+    assert data.token_id(data.CharTokenizer("\n\\n"), r"\n") == 0
+    trained(folder, draft_weight=0, local_window=0, soft=0, out_dir=f"{folder}/gpt")
+    code, _, err = command(sample.main, [f"--out_dir={folder}/gpt", "--max_new_tokens=20"])
+    assert code == 0 and err.startswith("20 tokens in 20 passes"), err
+
+    chars, screen = "a\u6f22b\tc\x1bd\n", io.StringIO()
+    tokens, kinds = [0, 1, 2, 3, 4, 5, 6, 7] * 9, [0, 1, 2] * 24
+    step = sample.Step([tokens], [kinds], [[0, 2, 8, 8]], passes=3)
+    with patch.object(sys, "stdout", screen), patch("shutil.get_terminal_size", return_value=(
+            os.terminal_size((10, 9)))), view.View(data.CharTokenizer(chars), 8) as shown:
+        shown.show(step)
+    frame = screen.getvalue().split("\x1b[J")[1].removesuffix("\x1b[?25h\x1b[?1049l")
+    styles, cells = {"": 0, view.YELLOW: 1, view.GREEN: 2, view.DIM: 3}, []
+    *lines, figures = [re.findall(r"(\x1b\[[0-9]*m)|(.)", line) for line in frame.split("\n")]
+    for line in lines:
+        style = ""
+        for code, char in line:
+            style = char and style or code.replace(view.END, "")
+            cells += [(styles[style], char)] * len(char)
+        assert sum(view.columns(char) for _, char in line if char) <= 9 and not style, line
+    want = [(k, chars[t]) for k, t in zip(kinds, tokens, strict=True) if t != 7]
+    want += [(3, "a"), (3, "b"), (3, "_"), (3, "_")]
+    want = [(k, " " if char in "\t\x1b" else char) for k, char in want]
+    assert len(lines) == 8 and cells == want[-len(cells) :] and len(cells) > 40, cells
+    assert "".join(char for _, char in figures) == "0 tokens "
+    return "prompts, stop tokens, pipes, a small terminal"
 
 
 # ---- the runner ----------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import sys
 import unicodedata
 from itertools import groupby
 
-PLAIN, DIM, GREEN, YELLOW = "", "\x1b[2m", "\x1b[92m", "\x1b[93m"
-STYLES = PLAIN, YELLOW, GREEN  # of sample.py's kinds: PROMPT, GPT, DRAFT
+DIM, GREEN, YELLOW, END = "\x1b[2m", "\x1b[92m", "\x1b[93m", "\x1b[0m"
+STYLES = "", YELLOW, GREEN  # of sample.py's PROMPT, GPT, DRAFT
 LEGEND = (DIM, " | draft "), (GREEN, "accepted "), (YELLOW, "the GPT level's own")
 
 
@@ -16,33 +16,35 @@ def printable(text):
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", " ", text)
 
 
+def columns(char):
+    """Columns on a terminal: 2 of wide East Asian characters, 0 of marks on the one before."""
+    wide = unicodedata.east_asian_width(char) in "WF"
+    return 0 if unicodedata.combining(char) else 2 if wide else 1
+
+
 def wrap(pieces, width):
-    """The lines, at most `width` columns wide, of pieces (style, text), with their escape codes.
-    Wide East Asian characters take two columns, combining marks none."""
+    """Lines of at most `width` columns, with escape codes, of pieces (style, text)."""
     lines, used = [""], 0
     for style, text in pieces:
         lines[-1] += style
         for char in printable(text):
-            columns = 1
-            if not char.isascii():
-                wide = unicodedata.east_asian_width(char) in "WF"
-                columns = 0 if unicodedata.combining(char) else 2 if wide else 1
-            if char == "\n" or used + columns > width:
-                lines[-1] += "\x1b[0m"
+            size = 1 if char.isascii() else columns(char)
+            if char == "\n" or used + size > width:
+                lines[-1] += END
                 lines.append(style)
                 used = 0
             if char != "\n":
                 lines[-1] += char
-                used += columns
-        lines[-1] += "\x1b[0m"
+                used += size
+        lines[-1] += END
     return lines
 
 
 class View:
-    """On the terminal's other screen, which Ctrl-C, too, leaves as if nothing had been there."""
+    """Frames on the terminal's other screen, which vanishes at the end, whatever ends it."""
 
     def __init__(self, tokenizer, mask_id):
-        self.tokenizer, self.mask_id = tokenizer, mask_id
+        self.decode, self.mask_id = tokenizer.decode, mask_id
 
     def __enter__(self):
         sys.stdout.write("\x1b[?1049h\x1b[?25l")
@@ -53,23 +55,23 @@ class View:
         sys.stdout.flush()
 
     def pieces(self, step, row, most):
-        """(style, text) of a row's last tokens, `most` or more. They begin at a multiple of it, so
-        that lines do not break anew with every token."""
+        """(style, text) of a row's last tokens, `most` or more: from a multiple of `most` on, so
+        that not every token breaks all lines anew."""
         begin = max(0, len(step.rows[row]) // most - 1) * most
         tokens = zip(step.kinds[row][begin:], step.rows[row][begin:], strict=True)
         for kind, group in groupby(tokens, key=lambda pair: pair[0]):
-            yield STYLES[kind], self.tokenizer.decode([token for _, token in group])
+            yield STYLES[kind], self.decode([token for _, token in group])
         for masked, group in groupby(step.pending[row], key=lambda token: token == self.mask_id):
-            group = [*group]
-            yield DIM, "_" * len(group) if masked else self.tokenizer.decode(group)
+            tokens = [*group]
+            yield DIM, "_" * len(tokens) if masked else self.decode(tokens)
 
     def show(self, step):
+        """Draw a `Step`: the end of each row, of as many as there are lines, and its figures."""
         size, lines = shutil.get_terminal_size(), []
-        shown = min(len(step.rows), max(1, size.lines - 1))  # of more rows than lines, the first
-        height = max(1, (size.lines - 1) // shown)
-        for row in range(shown):
-            pieces = self.pieces(step, row, height * size.columns)
-            lines += wrap(pieces, size.columns - 1)[-height:]
-        lines += wrap([(DIM, str(step)), *LEGEND], size.columns - 1)[:1]
+        width, rows = size.columns - 1, min(len(step.rows), size.lines - 1)
+        height = (size.lines - 1) // max(1, rows)
+        for row in range(rows):
+            lines += wrap(self.pieces(step, row, height * width), width)[-height:]
+        lines += wrap([(DIM, str(step)), *LEGEND], width)[:1]
         sys.stdout.write("\x1b[H\x1b[J" + "\n".join(lines))
         sys.stdout.flush()
