@@ -81,6 +81,8 @@ class CascadeConfig:
         self.n_hidden = self.n_hidden or 32 * math.ceil(C * 8 / 3 / 32)
         self.local_hidden = self.local_hidden or 4 * C
         self.mask_id = self.vocab_size
+        # finished text is read in units of 1 or S tokens, which see each other
+        self.unit = 1 if self.context == "causal" else self.block_size
         require(H % self.n_kv_head == 0, f"n_head {H} is no multiple of n_kv_head {self.n_kv_head}")
         require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd: rotation turns pairs")
         require(self.context in ("causal", "block"), "context must be causal or block")

@@ -42,7 +42,7 @@ from model import attention
 from util import checkpoint
 from util.data import make_tokenizer, opening, read_text, token_id
 from util.settings import check, guarded, public, require, settings
-from util.view import View, printable
+from util.view import other_screen, printable, show
 
 # ---- settings ------------------------------------------------------------------------------------
 out_dir = "out/nano"  # a run's folder or a checkpoint file
@@ -212,8 +212,7 @@ def read(model, tokens, cache, text):
     (B, Q), c, device = tokens.shape, model.config, tokens.device
     i = torch.arange(Q, device=device)
     slots = cache.length[:, None] + i  # (B, Q): positions, too
-    unit = 1 if c.context == "causal" else c.block_size
-    last = torch.where(i < text, i // unit * unit + unit - 1, Q - 1)  # what each sees of the pass
+    last = torch.where(i < text, i // c.unit * c.unit + c.unit - 1, Q - 1)  # the last that i sees
     behind = torch.arange(cache.k.shape[2], device=device) - cache.length[:, None]  # (B, keys)
     mask = (behind[:, None] <= last[:, None])[:, None]  # (B, 1, Q, keys)
     rows = torch.arange(B, device=device)[:, None]
@@ -303,52 +302,49 @@ class Writer:
         if device.type != "cpu" and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)  # a CPU's attention is in float32
         self.model, self.config, self.o, self.stop_token = model, c, o, stop_token
-        self.how, self.unit = (o.temperature, o.top_k, o.top_p), 1
-        if c.context == "block":
-            self.unit = c.block_size
+        self.how = o.temperature, o.top_k, o.top_p
         rows = [list(map(int, row)) for row in prompts]
         self.step = Step(rows, [[PROMPT] * len(row) for row in rows], [[] for _ in rows])
         self.goal = [len(row) + max_new_tokens for row in rows]
         self.living = dict.fromkeys(range(B) if max_new_tokens else [])  # a set, in order
-        self.base, self.cached = [0] * B, [-1] * B  # of windows: begin in the text, tokens cached
+        self.begin = [-1] * B  # of the windows that are cached
         self.new_cache = partial(BlockCache, c, device=device, dtype=dtype)
         self.cache = self.new_cache(B)
         self.generator = torch.Generator(device).manual_seed(o.seed)
 
     def uniform(self, n):
         """(B, n) random numbers in [0, 1)."""
-        shape = len(self.goal), n
-        return torch.rand(shape, dtype=torch.float64, generator=self.generator,
-                          device=self.generator.device)
+        g = self.generator
+        return torch.rand(len(self.goal), n, dtype=torch.float64, generator=g, device=g.device)
 
     def tensor(self, lists):
         return torch.tensor(lists, dtype=torch.int64, device=self.cache.k.device)
 
     def window(self, r):
         """(begin, end) of row r's window, in whole units of finished text."""
-        N, unit = self.config.seq_len, self.unit
+        N, unit = self.config.seq_len, self.config.unit
         end, half = len(self.step.rows[r]) // unit * unit, -(-N // unit // 2) * unit
         return max(0, ((end - N) // half + 1) * half), end
 
-    def prepare(self, T):
-        """Cache all windows but for their last T tokens, which the next pass reads. Returns left
-        (B, w), and of each row how many tokens it may get before its window is full or its goal is
-        reached, as lists."""
-        c, rows, stale = self.config, self.step.rows, []
+    def prepare(self, T, anew=False):
+        """Cache all windows that have moved, or `anew` all, but for their last T tokens, which the
+        next pass reads. Returns left (B, w), and room as a list: of each row the tokens that it may
+        get before its window is full or its goal is reached."""
+        c, rows, moved = self.config, self.step.rows, []
         lengths, room = [0] * len(rows), [0] * len(rows)
         for r in self.living:
-            base, end = self.window(r)
-            lengths[r] = end - base - T
-            if base != self.base[r] or self.cached[r] < lengths[r]:
-                stale.append(r)
-            self.base[r], self.cached[r] = base, lengths[r]
-            room[r] = min(base + c.seq_len, self.goal[r]) - len(rows[r])
-        if any(lengths[r] for r in stale):
-            texts = [rows[r][self.base[r] :][: lengths[r]] for r in stale]
-            n, part = max(map(len, texts)), self.new_cache(len(stale))
+            begin, end = self.window(r)
+            lengths[r] = end - begin - T
+            room[r] = min(begin + c.seq_len, self.goal[r]) - len(rows[r])
+            if anew or begin != self.begin[r]:
+                moved.append(r)
+            self.begin[r] = begin
+        if any(lengths[r] for r in moved):
+            texts = [rows[r][self.begin[r] :][: lengths[r]] for r in moved]
+            n, part = max(map(len, texts)), self.new_cache(len(moved))
             tokens = self.tensor([text + [0] * (n - len(text)) for text in texts])
             read(self.model, tokens, part, n)
-            self.cache.k[:, stale], self.cache.v[:, stale] = part.k, part.v
+            self.cache.k[:, moved], self.cache.v[:, moved] = part.k, part.v
         self.cache.length.copy_(self.tensor(lengths))
         w = max(1, c.local_window)  # [MASK] stands before a text
         left = [([c.mask_id] * w + row[-w:])[: -w - 1 : -1] for row in rows]
@@ -376,7 +372,6 @@ def write_gpt(w):
     tokens = found.tolist()
     for r in [*w.living]:
         w.step.passes += 1
-        w.cached[r] += 1
         w.write(r, [tokens[r]], GPT)
     yield
 
@@ -396,7 +391,6 @@ def write_verified(w):
         if room[r] > 1:  # else nothing could be read: the window was full
             w.step.rounds += 1
             w.step.accepted += n
-            w.cached[r] += n + 2
             w.write(r, tokens[r][1 : n + 1], DRAFT)
         if room[r] > 1 and r in w.living:
             w.write(r, tokens[r][-1:], GPT)
@@ -408,14 +402,14 @@ def write_blocks(w):
     of a prompt that fills none is a part of the first block that is written."""
     c, S, o, rows = w.config, w.config.block_size, w.o, [*w.living]
     spans = {r: w.window(r) for r in rows}
-    T = min(S, *(end - base for base, end in spans.values()))  # S, or 0 to fill for short prompts
-    left, room = w.prepare(T)
+    # the first pass reads the block before, as much of it as all windows have
+    T = min(S, *(end - begin for begin, end in spans.values()))
+    left, room = w.prepare(T, anew=T < S)
     block, text = [[0] * S for _ in w.goal], [[0] * T for _ in w.goal]
     for r, (_, end) in spans.items():
         row = w.step.rows[r]
         block[r] = row[end:] + [c.mask_id] * (S - len(row) + end)
         text[r] = row[end - T : end]
-        w.cached[r] += T
     fixed = [S - tokens.count(c.mask_id) for tokens in block]
     block, text = w.tensor(block), w.tensor(text)
     for n in range(S):
@@ -508,13 +502,12 @@ def main(argv):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the view's end
     step, seconds, code = None, 0.0, 0
     try:
-        view = View(tokenizer, model.config.mask_id) if live else nullcontext()
-        with view, autocast(device, s.dtype):
+        with other_screen() if live else nullcontext(), autocast(device, s.dtype):
             began = time.perf_counter()
             for step in stream:
                 seconds += time.perf_counter() - began
                 if live:
-                    view.show(step)
+                    show(step, tokenizer.decode, model.config.mask_id)
                 time.sleep(s.delay)
                 began = time.perf_counter()  # to show and to wait is not the model's time
     except KeyboardInterrupt:
@@ -524,8 +517,8 @@ def main(argv):
     for i, row in enumerate(step.rows):
         if s.num_samples > 1:
             print(f"--- sample {i + 1} of {s.num_samples}")
-        shown = tokenizer.decode(row if text else row[len(prompt) :])
-        print(printable(shown) if live else shown, flush=True)
+        written = tokenizer.decode(row if text else row[len(prompt) :])
+        print(printable(written) if live else written, flush=True)
     print(f"{step}, {step.tokens / seconds:,.0f} tokens/s in {s.dtype}", file=sys.stderr)
     return code
 

@@ -1288,16 +1288,17 @@ def test_decoding_blocks():
     tiny = partial(tiny_model, vocab_size=5, n_layer=1, n_head=2, seq_len=12)
     block = tiny(block_size=4, context="block")
     for net, how in (
-        (tiny(block_size=3), {}), (tiny(block_size=4, local_window=0), {}), (block, {"passes": 2}),
+        (tiny(block_size=3), {}), (tiny(block_size=4, local_window=0), {}),
+        (tiny(block_size=12), {}), (tiny(block_size=12, context="block"), {"passes": 5}),
         (block, {"passes": 3, "rule": "left_to_right"}), (block, {"passes": 4}),
         (block, {"rule": "threshold", "limit": 0.45}), (block, {"rule": "entropy", "limit": 1.0}),
     ):
         want = [slow_blocks(net, row, 26, **how) for row in PROMPTS]
         greedy = partial(decode, net, mode="block", temperature=0, **how)
         assert greedy(PROMPTS, 26).rows == want, (net.config.context, how)
-        if how == {"passes": 2}:  # from token 15 to 42 at most, the first block has one left
-            assert greedy(PROMPTS[3:4], 26).passes == 1 + 2 * 7
-    return "7 ways, 26 tokens behind each of 5 prompts"
+        if how == {"passes": 4}:  # one token of block 4, and then six whole blocks
+            assert greedy(PROMPTS[3:4], 25).passes == 1 + 4 * 6
+    return "8 ways, 26 tokens behind each of 5 prompts"
 
 
 @torch.no_grad()
@@ -1530,8 +1531,8 @@ def test_sample_command(folder):
     tokens, kinds = [0, 1, 2, 3, 4, 5, 6, 7] * 9, [0, 1, 2] * 24
     step = sample.Step([tokens], [kinds], [[0, 2, 8, 8]], passes=3)
     with patch.object(sys, "stdout", screen), patch("shutil.get_terminal_size", return_value=(
-            os.terminal_size((10, 9)))), view.View(data.CharTokenizer(chars), 8) as shown:
-        shown.show(step)
+            os.terminal_size((10, 9)))), view.other_screen():
+        view.show(step, data.CharTokenizer(chars).decode, 8)
     frame = screen.getvalue().split("\x1b[J")[1].removesuffix("\x1b[?25h\x1b[?1049l")
     styles, cells = {"": 0, view.YELLOW: 1, view.GREEN: 2, view.DIM: 3}, []
     *lines, figures = [re.findall(r"(\x1b\[[0-9]*m)|(.)", line) for line in frame.split("\n")]

@@ -4,11 +4,12 @@ import re
 import shutil
 import sys
 import unicodedata
+from contextlib import contextmanager
 from itertools import groupby
 
 DIM, GREEN, YELLOW, END = "\x1b[2m", "\x1b[92m", "\x1b[93m", "\x1b[0m"
 STYLES = "", YELLOW, GREEN  # of sample.py's PROMPT, GPT, DRAFT
-LEGEND = (DIM, " | draft "), (GREEN, "accepted "), (YELLOW, "the GPT level's own")
+LEGEND = (DIM, " | draft "), (GREEN, "accepted "), (YELLOW, "the GPT's own")
 
 
 def printable(text):
@@ -28,50 +29,46 @@ def wrap(pieces, width):
     for style, text in pieces:
         lines[-1] += style
         for char in printable(text):
-            size = 1 if char.isascii() else columns(char)
-            if char == "\n" or used + size > width:
+            if char == "\n" or used + columns(char) > width:
                 lines[-1] += END
                 lines.append(style)
                 used = 0
             if char != "\n":
                 lines[-1] += char
-                used += size
+                used += columns(char)
         lines[-1] += END
     return lines
 
 
-class View:
-    """Frames on the terminal's other screen, which vanishes at the end, whatever ends it."""
+def pieces(step, row, decode, mask_id, most):
+    """(style, text) of the last tokens of a row, `most` or more, beginning at a multiple of `most`,
+    so that not every token breaks all lines anew."""
+    begin = max(0, len(step.rows[row]) // most - 1) * most
+    tokens = zip(step.kinds[row][begin:], step.rows[row][begin:], strict=True)
+    for kind, group in groupby(tokens, key=lambda pair: pair[0]):
+        yield STYLES[kind], decode([token for _, token in group])
+    for token in step.pending[row]:
+        yield DIM, "_" if token == mask_id else decode([token])
 
-    def __init__(self, tokenizer, mask_id):
-        self.decode, self.mask_id = tokenizer.decode, mask_id
 
-    def __enter__(self):
-        sys.stdout.write("\x1b[?1049h\x1b[?25l")
-        return self
-
-    def __exit__(self, *_):
+@contextmanager
+def other_screen():
+    """Within it the terminal shows its other screen, which vanishes whatever ends it."""
+    sys.stdout.write("\x1b[?1049h\x1b[?25l")
+    try:
+        yield
+    finally:
         sys.stdout.write("\x1b[?25h\x1b[?1049l")
         sys.stdout.flush()
 
-    def pieces(self, step, row, most):
-        """(style, text) of a row's last tokens, `most` or more: from a multiple of `most` on, so
-        that not every token breaks all lines anew."""
-        begin = max(0, len(step.rows[row]) // most - 1) * most
-        tokens = zip(step.kinds[row][begin:], step.rows[row][begin:], strict=True)
-        for kind, group in groupby(tokens, key=lambda pair: pair[0]):
-            yield STYLES[kind], self.decode([token for _, token in group])
-        for masked, group in groupby(step.pending[row], key=lambda token: token == self.mask_id):
-            tokens = [*group]
-            yield DIM, "_" * len(tokens) if masked else self.decode(tokens)
 
-    def show(self, step):
-        """Draw a `Step`: the end of each row, of as many as there are lines, and its figures."""
-        size, lines = shutil.get_terminal_size(), []
-        width, rows = size.columns - 1, min(len(step.rows), size.lines - 1)
-        height = (size.lines - 1) // max(1, rows)
-        for row in range(rows):
-            lines += wrap(self.pieces(step, row, height * width), width)[-height:]
-        lines += wrap([(DIM, str(step)), *LEGEND], width)[:1]
-        sys.stdout.write("\x1b[H\x1b[J" + "\n".join(lines))
-        sys.stdout.flush()
+def show(step, decode, mask_id):
+    """Draw a `Step`: the end of each row, of as many as there are lines, and its figures."""
+    size, lines = shutil.get_terminal_size(), []
+    width, rows = size.columns - 1, min(len(step.rows), size.lines - 1)
+    height = (size.lines - 1) // max(1, rows)
+    for row in range(rows):
+        lines += wrap(pieces(step, row, decode, mask_id, height * width), width)[-height:]
+    lines += wrap([(DIM, str(step)), *LEGEND], width)[:1]
+    sys.stdout.write("\x1b[H\x1b[J" + "\n".join(lines))
+    sys.stdout.flush()
