@@ -1,28 +1,30 @@
 """Write text from a checkpoint, several tokens a pass, and watch it crystallise.
 
-    python sample.py                                    the nano of train.py, from a newline
-    python sample.py --prompt="KING." --mode=gpt        a token a pass, the same distribution
-    python sample.py --prompt=FILE:path --stop='\n'     a prompt from a file; - is standard input
+    python sample.py                                    from out/nano, beginning with a newline
+    python sample.py --prompt="KING." --mode=gpt        a token a pass, the distribution of verify
+    python sample.py --prompt=FILE:path --stop='\\n'     a prompt from a file; - is standard input
     python sample.py --num_samples=4 --delay=0.1        slowly, to watch
     python sample.py --out_dir=out/bd3lm --rule=entropy
 
-    mode     a pass yields                                            whose distribution
-    gpt      one token                                                the GPT level's
-    verify   the drafts that the GPT level accepts, and its own       the GPT level's, exactly
-    block    S tokens drawn jointly, unverified; context="block":     the block level's
-             S / passes tokens, which an unmasking rule chooses
+    mode     context    a pass yields                                    whose distribution
+    gpt      causal     one token                                        the GPT level's
+    verify   causal     two passes: the accepted drafts and two more     the GPT level's, exactly
+    block    causal     S tokens, drawn jointly, not verified            the block level's
+    block    block      S / passes tokens, chosen by an unmasking rule   the block level's
 
 A round of `verify` is two passes; x is the last token, M is [MASK]:
 
-    draft    in   x  M   M   M   M ..   S masks behind x, which is read as by a GPT, so that t is
-             out  t      d1  d2  d3     the GPT level's. The local head draws drafts behind t
-    read     in   t  d1  d2  d3         Read as text, drafts are accepted one by one, each with a
-             out     d1  d2  c          chance of min(1, p / q). Behind them stands a token c of the
-                                        GPT level: where one was refused, or a bonus
+    draft    in   x  M   M   M   M ..   S masks stand behind x. The pass reads x as a GPT does, so t
+             out  t      d1  d2  d3     is the GPT level's own. The first mask, in the place of t,
+                                        goes unused; the local head draws drafts from the others
+    read     in   t  d1  d2  d3         A draft is accepted with a chance of min(1, p / q), until
+             out     d1  d2  c          one is refused. Then the GPT level gives one token c, in the
+                                        place of that or behind the last draft. c is the next x
 
 As a library: `generate`, or `generate_stream`, which yields a `Step` after each pass.
 """
 
+import math
 import os
 import signal
 import sys
@@ -32,7 +34,7 @@ from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
-from util.machine import autocast, choose_device, choose_dtype  # first: it ends if torch is too old
+from util.machine import autocast, choose_device, choose_dtype  # first: it checks torch's version
 
 # isort: split
 import torch
@@ -46,25 +48,26 @@ from util.view import other_screen, printable, show
 
 # ---- settings ------------------------------------------------------------------------------------
 out_dir = "out/nano"  # a run's folder or a checkpoint file
-prompt = ""  # text, FILE:path or -; empty: the end of a text, or a newline where there is no such
+prompt = ""  # text, FILE:path or -; empty: the end-of-text token, or a newline if there is none
 num_samples = 1
 max_new_tokens = 500
-mode = "auto"  # gpt, verify or block; auto: verify, or what a model without one of its levels can
+mode = "auto"  # auto: verify; block for context="block"; gpt for a GPT
 drafts = 0  # D of a round of verify, 1 .. S - 1; 0: S - 1
 temperature = 0.8  # 1: the trained distribution; 0: greedy
 top_k = 0  # only the k most probable tokens; 0: all
 top_p = 1.0  # only the most probable tokens, up to this much probability
 stop = ""  # a token that ends a sample: text, \n, or a name such as <|endoftext|>
-rule = "confidence"  # context="block": random, left_to_right, confidence, threshold or entropy
-passes = 0  # K of a block for the first three rules; 0: S, a token each
-limit = 0.0  # of threshold, a probability (0: 0.9), and of entropy, nats (0: 0.1)
+rule = "confidence"  # of context="block"; or random, left_to_right, threshold, entropy
+passes = 0  # K, passes a block, of the first three rules; 0: S, a token each
+limit = 0.0  # of threshold, a probability (0: 0.9); of entropy, nats (0: 0.1)
 seed = 1337
 device = "auto"
-dtype = "auto"  # bfloat16 on a GPU that multiplies it, else float32
+dtype = "auto"  # bfloat16 on a GPU that computes in it, else float32
 delay = 0.0  # seconds between passes
 # --------------------------------------------------------------------------------------------------
 DEFAULTS = public(dict(globals()))
-OPTIONS = "mode drafts temperature top_k top_p rule passes limit seed".split()  # of `generate`
+# of `generate`
+OPTIONS = ("mode", "drafts", "temperature", "top_k", "top_p", "rule", "passes", "limit", "seed")
 LIMITS = {"threshold": 0.9, "entropy": 0.1}
 PROMPT, GPT, DRAFT = range(3)  # where a token comes from: the user, the GPT level, the block level
 
@@ -77,30 +80,31 @@ PROMPT, GPT, DRAFT = range(3)  # where a token comes from: the user, the GPT lev
 
 
 def random(log_p, masked, count, limit, score):
-    """In a random order: with a pass for each token the distribution that was trained."""
+    """In a random order. A token a pass gives the distribution that was trained."""
     return smallest(score, masked, count)
 
 
 def left_to_right(log_p, masked, count, limit, score):
-    """From the left: with a pass for each token the chain rule inside a block."""
+    """From the left. A token a pass is the chain rule inside a block."""
     return masked & (masked.cumsum(dim=-1) <= count.unsqueeze(-1))
 
 
 def confidence(log_p, masked, count, limit, score):
     """Those whose likeliest token is the most probable."""
-    return smallest(-certainty(log_p), masked, count)
+    return smallest(leftmost(-log_p.amax(dim=-1).exp()), masked, count)
 
 
 def threshold(log_p, masked, count, limit, score):
     """All whose likeliest token has a probability of `limit` or more; at least the best one."""
-    best = smallest(-certainty(log_p), masked, torch.ones_like(count))
-    return best | (masked & (certainty(log_p) >= limit))
+    p = log_p.amax(dim=-1).exp()
+    best = smallest(leftmost(-p), masked, torch.ones_like(count))
+    return best | (masked & (p >= limit))
 
 
 def entropy(log_p, masked, count, limit, score):
     """By rising entropy, as many as keep (sum of entropies) - (the largest) <= limit, which bounds
     the nats lost by drawing them as if independent (EB, arXiv 2505.24857)."""
-    h = -(log_p.exp() * log_p).sum(dim=-1) + from_the_left(masked)
+    h = leftmost(-(log_p.exp() * log_p).sum(dim=-1))
     h, place = h.masked_fill(~masked, torch.inf).sort(dim=-1)
     before = F.pad(h[..., :-1].cumsum(dim=-1), (1, 0))  # the sum of the smaller ones
     return masked & torch.zeros_like(masked).scatter(-1, place, before <= limit)
@@ -109,15 +113,10 @@ def entropy(log_p, masked, count, limit, score):
 RULES = {f.__name__: f for f in (random, left_to_right, confidence, threshold, entropy)}
 
 
-def from_the_left(masked):
-    """A millionth for each place: where tokens are alike but for rounding, as in a first block of
-    masks alone, the left one comes first."""
-    return 1e-6 * torch.arange(masked.shape[-1], device=masked.device)
-
-
-def certainty(log_p):
-    p = log_p.amax(dim=-1).exp()
-    return p - from_the_left(p)
+def leftmost(key):
+    """Keys with a millionth more for each place: where they differ by rounding alone, as in a first
+    block of masks alone, the left one is the smallest."""
+    return key + 1e-6 * torch.arange(key.shape[-1], device=key.device)
 
 
 def smallest(key, masked, count):
@@ -134,8 +133,8 @@ def probabilities(logits, how):
     crosses top_p is kept."""
     logits, (temperature, top_k, top_p) = logits.double(), how
     if temperature == 0:
-        best = logits.argmax(dim=-1, keepdim=True)
-        return torch.zeros_like(logits).scatter(-1, best, 1.0)
+        index = logits.argmax(dim=-1, keepdim=True)
+        return torch.zeros_like(logits).scatter(-1, index, 1.0)
     p = (logits / temperature).softmax(dim=-1)
     if 0 < top_k < p.shape[-1]:
         best, index = p.topk(top_k, dim=-1)
@@ -149,13 +148,13 @@ def probabilities(logits, how):
 
 
 def draw(p, u):
-    """Tokens (...) of p (..., V), which need not add up to 1, by u (...) in [0, 1). All float64:
-    rounded draws act as a lower temperature (arXiv 2409.02908)."""
-    below = p.cumsum(dim=-1)
-    return (below / below[..., -1:] <= u.unsqueeze(-1)).sum(dim=-1)
+    """Tokens (...) of p (..., V), which need not add up to 1, by u (...) in [0, 1): the first whose
+    cumulative share exceeds u. float64: rounded draws act as a lower temperature (2409.02908)."""
+    total = p.cumsum(dim=-1)
+    return (total / total[..., -1:] <= u.unsqueeze(-1)).sum(dim=-1)
 
 
-def pick(p, token):  # of p (..., V) those of token (...)
+def pick(p, token):  # the entries (...) of p (..., V) at tokens (...)
     return p.gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
@@ -171,14 +170,15 @@ def draw_jointly(model, h, left, how, u):
     return torch.stack(drafts, dim=1), torch.stack(q, dim=1)
 
 
-def accept(p, q, drafts, exist, u, u_next):
+def accept(p, q, drafts, most, u, u_next):
     """Speculative sampling (arXiv 2211.17192): (number n (B,) of accepted drafts, next token (B,)).
 
     drafts (B, D) were drawn from q (B, D, V); p (B, D + 1, V) is what they shall be distributed as,
-    each given those before it. Of row r the first exist[r] exist. Draft i is accepted with a chance
-    of min(1, p(d_i) / q(d_i)) if all before it were. The next token is drawn from the positive part
-    of p - q at the next place, where q = 0 if no draft stands there. u (B, D) and u_next (B,)."""
-    absent = torch.arange(drafts.shape[1], device=drafts.device) >= exist[:, None]
+    each given those before it. Of row r only the first most[r] count. Draft i is accepted with a
+    chance of min(1, p(d_i) / q(d_i)) if all before it were. The next token is drawn from the
+    positive part of p - q in the next place, where q = 0 if no draft stands there. u (B, D) and
+    u_next (B,) are random numbers in [0, 1)."""
+    absent = torch.arange(drafts.shape[1], device=drafts.device) >= most[:, None]
     q = F.pad(q.masked_fill(absent.unsqueeze(-1), 0.0), (0, 0, 0, 1))  # (B, D + 1, V)
     passed = u * pick(q[:, :-1], drafts) < pick(p[:, :-1], drafts)
     n = passed.masked_fill(absent, False).long().cumprod(dim=1).sum(dim=1)
@@ -189,9 +189,10 @@ def accept(p, q, drafts, exist, u, u_next):
     return n, draw(rest, u_next)
 
 
-# ---- passes: fixed shapes, no look of the host ---------------------------------------------------
-# left (B, w): the last tokens of each row, the last one first. room (B,): how many tokens a row may
-# get; 0: it is complete. u: random numbers in [0, 1), float64.
+# ---- passes: fixed shapes and no copy to the host, so that torch.compile takes each whole --------
+# how: (temperature, top_k, top_p). left (B, w), at least (B, 1): the last tokens of each row, the
+# last one first. room (B,): how many tokens a row may get before its window is full or its goal is
+# reached; 0: it is finished. u: random numbers in [0, 1), float64.
 
 
 class BlockCache:
@@ -199,62 +200,63 @@ class BlockCache:
     tokens are final; what stands behind them the next pass overwrites."""
 
     def __init__(self, config, batch, device="cpu", dtype=torch.float32):
-        c, capacity = config, config.seq_len + config.block_size
+        c = config
+        capacity = c.seq_len + c.block_size  # a block of masks may stand behind a full window
         shape = (2, c.n_layer, batch, capacity, c.n_kv_head, c.head_dim)
         self.k, self.v = torch.zeros(shape, device=device, dtype=dtype).unbind()
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
 
 
-def read(model, tokens, cache, text):
-    """One pass over tokens (B, Q) behind the cached ones -> (B, Q, C). The first `text` of them are
-    finished text, the rest a block that is being written, which sees all. Their keys are written
-    behind `length`, which the caller moves over those that are final."""
-    (B, Q), c, device = tokens.shape, model.config, tokens.device
+def read(model, tokens, cache, T):
+    """One pass over tokens (B, Q) behind the cached ones -> (B, Q, C). The first T are finished
+    text, the rest a block that is being written, which sees all. With context="block", T and
+    cache.length are whole blocks. The keys of the pass stand behind `length`: the caller moves it
+    over those that are final, and the next pass overwrites the others."""
+    (B, Q), unit, device = tokens.shape, model.config.unit, tokens.device
     i = torch.arange(Q, device=device)
     slots = cache.length[:, None] + i  # (B, Q): positions, too
-    last = torch.where(i < text, i // c.unit * c.unit + c.unit - 1, Q - 1)  # the last that i sees
-    behind = torch.arange(cache.k.shape[2], device=device) - cache.length[:, None]  # (B, keys)
-    mask = (behind[:, None] <= last[:, None])[:, None]  # (B, 1, Q, keys)
-    rows = torch.arange(B, device=device)[:, None]
+    last = torch.where(i < T, i // unit * unit + unit - 1, Q - 1)  # of the pass, what i sees
+    # (B, keys): their places in this pass, < 0 if cached, >= Q if left over from a longer one
+    place = torch.arange(cache.k.shape[2], device=device) - cache.length[:, None]
+    mask = (place[:, None] <= last[:, None])[:, None]  # (B, 1, Q, keys)
+    batch = torch.arange(B, device=device)[:, None]
 
     def attend(layer, q, k, v):
         keys, values = cache.k[layer], cache.v[layer]
-        keys[rows, slots], values[rows, slots] = k.to(keys.dtype), v.to(keys.dtype)
+        keys[batch, slots], values[batch, slots] = k.to(keys.dtype), v.to(keys.dtype)
         return attention(q, keys, values, mask)
 
     return model.trunk(tokens, slots, attend)
 
 
-def gpt_pass(model, cache, how, left, room, u):
+def gpt_pass(model, cache, how, left, u):
     """The next token (B,); u (B, 1)."""
     h = read(model, left[:, :1], cache, 1)
-    cache.length.add_(room.clamp(max=1))
     return draw(probabilities(model.logits(h[:, 0]), how), u[:, 0])
 
 
 def verify_round(model, cache, how, left, room, D, u):
-    """The two passes of the picture above: (tokens (B, D + 2): t, the drafts, c; n (B,): how many
-    drafts are accepted). A row without room for them gets t alone, or nothing. u (B, 2 D + 2).
-
-    With masks behind each number of drafts that may be accepted, the reading pass could draft, too:
-    one pass a round, where a pass costs much and a position little. That is not here yet."""
+    """The two passes of the picture above, with D drafts: (tokens (B, D + 2): t, drafts, c; n (B,):
+    how many drafts are accepted). A row with room for one token gets t alone. u (B, 2 D + 2).
+    (The masks of the next round could ride along with the reading pass, behind each number of
+    drafts that may be accepted: one pass a round, for a GPU. So far there are two.)"""
     block = left.new_full((len(left), model.config.block_size), model.config.mask_id)
     h = read(model, torch.cat([left[:, :1], block], dim=1), cache, 1)
     cache.length.add_(room.clamp(max=1))
     t = draw(probabilities(model.logits(h[:, 0]), how), u[:, 0])
     left = torch.cat([t[:, None], left[:, :-1]], dim=1)
-    # h[:, 1] is of the mask in the place of t
-    drafts, q = draw_jointly(model, h[:, 2 : D + 2], left, how, u[:, 1:])
-    text = torch.cat([t[:, None], drafts], dim=1)
-    p = probabilities(model.logits(read(model, text, cache, D + 1)), how)  # (B, D + 1, V)
-    n, c = accept(p, q, drafts, room - 2, u[:, D + 1 : -1], u[:, -1])
-    cache.length.add_(torch.minimum(n + 1, (room - 1).clamp(min=0)))
-    return torch.cat([text, c[:, None]], dim=1), n
+    drafts, q = draw_jointly(model, h[:, 2 : D + 2], left, how, u[:, 1 : D + 1])
+    proposed = torch.cat([t[:, None], drafts], dim=1)
+    p = probabilities(model.logits(read(model, proposed, cache, D + 1)), how)  # (B, D + 1, V)
+    most = room - 2  # t and c need a place each
+    n, c = accept(p, q, drafts, most, u[:, D + 1 : -1], u[:, -1])
+    cache.length.add_(torch.where(room > 1, n + 1, 0))
+    return torch.cat([proposed, c[:, None]], dim=1), n
 
 
 def block_pass(model, cache, how, left, text, block, choose, u):
     """(block (B, S) with the tokens that this pass reveals, q (B, S) of what it drew). text (B, T):
-    finished tokens that it reads first. choose(log_q, masked): for context="block", an unmasking
+    finished tokens that it reads first. choose(log_p, masked): for context="block", an unmasking
     rule. u (B, S)."""
     T = text.shape[1]
     h = read(model, torch.cat([text, block], dim=1), cache, T)[:, T:]
@@ -274,39 +276,42 @@ def block_pass(model, cache, how, left, text, block, choose, u):
 
 @dataclass
 class Step:
-    """The state after a pass: lists by row, and sums over rows. It is one object, which goes on:
-    copy what shall stay as it is."""
+    """The state after a pass. The same object is yielded each time, and its lists grow: copy what
+    you want to keep. Numbers are sums over rows: a pass for three unfinished rows counts three."""
 
-    rows: list  # tokens, the prompt included
-    kinds: list  # of each token: PROMPT, GPT or DRAFT
-    pending: list  # what may come next: drafts, or the rest of a block with its masks
+    rows: list  # of each row its tokens, prompt included
+    kinds: list  # of each token PROMPT, GPT or DRAFT
+    pending: list  # of each row what may come next: drafts, or the rest of a block with its masks
     tokens: int = 0  # written
-    passes: int = 0  # without those that read prompts, and windows that moved on
-    rounds: int = 0
+    passes: int = 0  # without those that read prompts, and windows that have moved
+    rounds: int = 0  # in which drafts were read
     accepted: int = 0  # drafts
 
     def __str__(self):
         said = f"{self.tokens} tokens in {self.passes} passes, "
-        if self.rounds:
-            said += f"{self.rounds} rounds: {1 + self.accepted / self.rounds:.2f} a round, "
-        return f"{said}{self.tokens / max(1, self.passes):.2f} a pass"
+        said += f"{self.tokens / max(1, self.passes):.2f} a pass"
+        if self.rounds:  # a drafting pass yields one token, a reading pass the others
+            said += f"; {self.rounds} rounds of {1 + self.accepted / self.rounds:.2f} + 1"
+        return said
 
 
 class Writer:
-    """The rows of a generation, and the window of each: what the network sees of it, seq_len tokens
-    at most with the one that is drawn. Where it begins is determined by the length of the text, in
-    every mode alike: when it is full it moves on by half."""
+    """The rows of a generation, and the window of each: the part of it that the network sees, at
+    most seq_len tokens with the one that is drawn. When it is full it moves on by half. Where it
+    begins depends on the length of the text alone, so that all modes see the same."""
 
     def __init__(self, model, prompts, max_new_tokens, stop_token, o):
-        c, B, device, dtype = model.config, len(prompts), model.cos.device, model.cos.dtype
+        c, B, weight = model.config, len(prompts), model.embed_tokens.weight
+        device, dtype = weight.device, weight.dtype
+        # keys have the dtype of attention: autocast's, but on a CPU always that of the weights
         if device.type != "cpu" and torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)  # a CPU's attention is in float32
+            dtype = torch.get_autocast_dtype(device.type)
         self.model, self.config, self.o, self.stop_token = model, c, o, stop_token
         self.how = o.temperature, o.top_k, o.top_p
         rows = [list(map(int, row)) for row in prompts]
         self.step = Step(rows, [[PROMPT] * len(row) for row in rows], [[] for _ in rows])
         self.goal = [len(row) + max_new_tokens for row in rows]
-        self.living = dict.fromkeys(range(B) if max_new_tokens else [])  # a set, in order
+        self.unfinished = set(range(B)) if max_new_tokens else set()
         self.begin = [-1] * B  # of the windows that are cached
         self.new_cache = partial(BlockCache, c, device=device, dtype=dtype)
         self.cache = self.new_cache(B)
@@ -323,111 +328,122 @@ class Writer:
     def window(self, r):
         """(begin, end) of row r's window, in whole units of finished text."""
         N, unit = self.config.seq_len, self.config.unit
-        end, half = len(self.step.rows[r]) // unit * unit, -(-N // unit // 2) * unit
-        return max(0, ((end - N) // half + 1) * half), end
+        begin, end = 0, len(self.step.rows[r]) // unit * unit
+        while end - begin >= N:
+            begin += math.ceil(N / unit / 2) * unit
+        return begin, end
 
-    def prepare(self, T, anew=False):
-        """Cache all windows that have moved, or `anew` all, but for their last T tokens, which the
-        next pass reads. Returns left (B, w), and room as a list: of each row the tokens that it may
-        get before its window is full or its goal is reached."""
+    def prepare(self, T):
+        """Set the cache up for a pass that begins with the last T tokens of each window. What
+        stands before them earlier passes have read; but a window that has moved is read anew, for
+        its positions are new. Returns left (B, w), and room as a list."""
         c, rows, moved = self.config, self.step.rows, []
         lengths, room = [0] * len(rows), [0] * len(rows)
-        for r in self.living:
+        for r in self.unfinished:
             begin, end = self.window(r)
             lengths[r] = end - begin - T
             room[r] = min(begin + c.seq_len, self.goal[r]) - len(rows[r])
-            if anew or begin != self.begin[r]:
+            if begin != self.begin[r]:
                 moved.append(r)
             self.begin[r] = begin
         if any(lengths[r] for r in moved):
             texts = [rows[r][self.begin[r] :][: lengths[r]] for r in moved]
             n, part = max(map(len, texts)), self.new_cache(len(moved))
+            # zeros fill the shorter ones: they stand behind `length`, where no pass sees them
             tokens = self.tensor([text + [0] * (n - len(text)) for text in texts])
             read(self.model, tokens, part, n)
             self.cache.k[:, moved], self.cache.v[:, moved] = part.k, part.v
         self.cache.length.copy_(self.tensor(lengths))
-        w = max(1, c.local_window)  # [MASK] stands before a text
-        left = [([c.mask_id] * w + row[-w:])[: -w - 1 : -1] for row in rows]
+        w = max(1, c.local_window)
+        left = [(row[-w:][::-1] + [c.mask_id] * w)[:w] for row in rows]
         return self.tensor(left), room
 
     def write(self, r, tokens, kind, pending=()):
-        """What a pass gave row r. Its goal completes it, or a stop token, which is left out."""
+        """Give tokens to row r. It is finished at its goal, or by a stop token, which is left out.
+        """
         for token in tokens:
             if token != self.stop_token:
                 self.step.rows[r].append(token)
                 self.step.kinds[r].append(kind)
                 self.step.tokens += 1
             if token == self.stop_token or len(self.step.rows[r]) == self.goal[r]:
-                del self.living[r]
+                self.unfinished.remove(r)
                 break
-        self.step.pending[r] = [*pending] if r in self.living else []
+        self.step.pending[r] = [*pending] if r in self.unfinished else []
 
 
-# ---- modes: each of these writes to every row once, and yields after each pass -------------------
+# ---- modes: each writes a token, a round or a block to every row that is not finished ------------
 
 
-def write_gpt(w):
-    left, room = w.prepare(1)
-    found = gpt_pass(w.model, w.cache, w.how, left, w.tensor(room), w.uniform(1))
+def write_gpt(writer):
+    left, _ = writer.prepare(1)
+    found = gpt_pass(writer.model, writer.cache, writer.how, left, writer.uniform(1))
     tokens = found.tolist()
-    for r in [*w.living]:
-        w.step.passes += 1
-        w.write(r, [tokens[r]], GPT)
-    yield
+    for r in [*writer.unfinished]:
+        writer.step.passes += 1
+        writer.write(r, [tokens[r]], GPT)
+    yield writer.step
 
 
-def write_verified(w):
-    left, room = w.prepare(1)
-    D, room_ = w.o.drafts, w.tensor(room)
-    found = verify_round(w.model, w.cache, w.how, left, room_, D, w.uniform(2 * D + 2))
-    tokens, accepted = (x.tolist() for x in found)  # the one look of the host
-    for r in [*w.living]:
-        w.step.passes += 1
-        w.write(r, tokens[r][:1], GPT, tokens[r][1:-1][: max(0, room[r] - 2)])
-    yield
-    for r in [*w.living]:
-        n = accepted[r]
-        w.step.passes += 1
-        if room[r] > 1:  # else nothing could be read: the window was full
-            w.step.rounds += 1
-            w.step.accepted += n
-            w.write(r, tokens[r][1 : n + 1], DRAFT)
-        if room[r] > 1 and r in w.living:
-            w.write(r, tokens[r][-1:], GPT)
-    yield
+def write_verified(writer):
+    left, room = writer.prepare(1)
+    D, step = writer.o.drafts, writer.step
+    found = verify_round(writer.model, writer.cache, writer.how, left, writer.tensor(room), D,
+                         writer.uniform(2 * D + 2))
+    tokens, accepted = (x.tolist() for x in found)  # the only copy to the host
+    for r in [*writer.unfinished]:
+        t, *drafts, _ = tokens[r]
+        step.passes += 1
+        writer.write(r, [t], GPT, drafts[: max(0, room[r] - 2)])
+    yield step
+    for r in [*writer.unfinished]:
+        _, *drafts, c = tokens[r]
+        step.passes += 1
+        if room[r] == 1:  # t has filled the window: nothing could be read
+            continue
+        step.rounds += 1
+        step.accepted += accepted[r]
+        writer.write(r, drafts[: accepted[r]], DRAFT)
+        if r in writer.unfinished:  # no stop token was among them
+            writer.write(r, [c], GPT)
+    yield step
 
 
-def write_blocks(w):
-    """A block of every row. With a block context blocks stand where they did in training: the rest
-    of a prompt that fills none is a part of the first block that is written."""
-    c, S, o, rows = w.config, w.config.block_size, w.o, [*w.living]
-    spans = {r: w.window(r) for r in rows}
-    # the first pass reads the block before, as much of it as all windows have
+def write_blocks(writer):
+    """With context="block", blocks stand where they stood in training: if a prompt ends inside of a
+    block, its last tokens are the beginning of the first block that is written."""
+    c, o, todo = writer.config, writer.o, [*writer.unfinished]
+    S = c.block_size
+    spans = {r: writer.window(r) for r in todo}
+    # the first pass reads the block before, or as much of it as every window has
     T = min(S, *(end - begin for begin, end in spans.values()))
-    left, room = w.prepare(T, anew=T < S)
-    block, text = [[0] * S for _ in w.goal], [[0] * T for _ in w.goal]
+    if T < S:  # then of longer windows more than T tokens have not been read: cache all anew
+        writer.begin = [-1] * len(writer.begin)
+    left, room = writer.prepare(T)
+    block, text, given = ([[0] * n for _ in writer.goal] for n in (S, T, 1))
     for r, (_, end) in spans.items():
-        row = w.step.rows[r]
-        block[r] = row[end:] + [c.mask_id] * (S - len(row) + end)
+        row = writer.step.rows[r]
+        given[r] = len(row) - end  # tokens of the prompt
+        block[r] = row[end:] + [c.mask_id] * (S - given[r])
         text[r] = row[end - T : end]
-    fixed = [S - tokens.count(c.mask_id) for tokens in block]
-    block, text = w.tensor(block), w.tensor(text)
-    for n in range(S):
+    block, text = writer.tensor(block), writer.tensor(text)
+    for n in range(S):  # a causal context needs one pass
         count = ((block == c.mask_id).sum(dim=1) / max(1, (o.passes or S) - n)).ceil()
-        u, score = w.uniform(2 * S).chunk(2, dim=1)
+        u, score = writer.uniform(2 * S).chunk(2, dim=1)
         choose = partial(RULES[o.rule], count=count, limit=o.limit, score=score)
-        block, _ = block_pass(w.model, w.cache, w.how, left, text, block, choose, u)
-        text, found = text[:, :0], block.tolist()
-        for r in rows:
-            new = found[r][fixed[r] :]
-            w.step.passes += 1
+        block, _ = block_pass(writer.model, writer.cache, writer.how, left, text, block, choose, u)
+        text = text[:, :0]  # it is cached now
+        found = block.tolist()
+        for r in todo:
+            new = found[r][given[r] :]
+            writer.step.passes += 1
             if c.mask_id in new:
-                w.write(r, [], DRAFT, new)
+                writer.write(r, [], DRAFT, new)
             else:
-                w.write(r, new[: room[r]], DRAFT)
-        rows = [r for r in rows if c.mask_id in found[r]]
-        yield
-        if not rows:
+                writer.write(r, new[: room[r]], DRAFT)
+        yield writer.step
+        todo = [r for r in todo if c.mask_id in found[r]]
+        if not todo:
             return
 
 
@@ -435,20 +451,21 @@ MODES = {"gpt": write_gpt, "verify": write_verified, "block": write_blocks}
 
 
 def resolve(config, given):
-    """The options of a generation, of which the caller has `given` some; UserError if this model
-    cannot decode so."""
+    """The options of a generation, of which the caller has `given` some. UserError if a model of
+    this shape cannot decode so."""
     unknown = ", ".join(given.keys() - OPTIONS)
     require(not unknown, f"unknown option {unknown}; known are {', '.join(OPTIONS)}, stop_token")
-    o, S = SimpleNamespace(**{name: DEFAULTS[name] for name in OPTIONS} | given), config.block_size
-    modes = ["block"]
+    o = SimpleNamespace(**{name: DEFAULTS[name] for name in OPTIONS} | given)
+    S, modes = config.block_size, ["block"]
     if config.context == "causal":
         modes = ["verify", "gpt", "block"] if S > 1 else ["gpt", "block"]
-    check(o, {"mode": ["auto", *modes], "rule": RULES},
-          dict.fromkeys("drafts temperature top_k top_p passes limit seed".split(), 0),
-          {"drafts": S - 1, "top_p": 1, "passes": S, "seed": 2**63 - 1})
+    least = dict.fromkeys(("drafts", "temperature", "top_k", "top_p", "passes", "limit", "seed"), 0)
+    most = {"drafts": S - 1, "top_p": 1, "passes": S, "seed": 2**63 - 1}
+    check(o, {"mode": ["auto", *modes], "rule": RULES}, least, most)
     if o.mode == "auto":
         o.mode = modes[0]
-    o.drafts, o.limit = o.drafts or S - 1, o.limit or LIMITS.get(o.rule, 0.0)
+    o.drafts = o.drafts or S - 1
+    o.limit = o.limit or LIMITS.get(o.rule, 0.0)
     return o
 
 
@@ -462,11 +479,10 @@ def generate_stream(model, prompts, max_new_tokens, stop_token=None, **options):
     for row in prompts:
         require(len(row) and min(row) >= 0 and max(row) < V,
                 f"a prompt needs at least one token, and all in 0 .. {V - 1}")
-    w = Writer(model, prompts, max_new_tokens, stop_token, o)
-    yield w.step
-    while w.living:
-        for _ in MODES[o.mode](w):
-            yield w.step
+    writer = Writer(model, prompts, max_new_tokens, stop_token, o)
+    yield writer.step
+    while writer.unfinished:
+        yield from MODES[o.mode](writer)
 
 
 def generate(model, prompts, max_new_tokens, stop_token=None, **options):
@@ -488,7 +504,7 @@ def main(argv):
         check(s, {"mode": ("auto", "gpt")}, {}, {})  # a GPT: it cannot draft
         s.mode = "gpt"
     if s.dtype == "auto" and device == "cpu":
-        s.dtype = "float32"
+        s.dtype = "float32"  # there a small model's pass is no faster in bfloat16
     s.dtype, _ = choose_dtype(s.dtype, device)
     tokenizer, text = make_tokenizer(state["meta"]), s.prompt
     if text == "-" or text.startswith("FILE:"):
@@ -499,7 +515,7 @@ def main(argv):
                              **{name: getattr(s, name) for name in OPTIONS})
     live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb")
     live = live and not os.environ.get("NO_COLOR")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the view's end
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave the view first
     step, seconds, code = None, 0.0, 0
     try:
         with other_screen() if live else nullcontext(), autocast(device, s.dtype):
@@ -514,6 +530,7 @@ def main(argv):
         code = 130
     if step is None:
         return code
+    # after Ctrl-C, too: what there is; but not the opening that nobody typed
     for i, row in enumerate(step.rows):
         if s.num_samples > 1:
             print(f"--- sample {i + 1} of {s.num_samples}")
