@@ -143,7 +143,7 @@ def attention(q, k, v, mask=None, causal=False):
     CPU. causal: Nq = Nk."""
     dtype = v.dtype
     if q.device.type == "cpu":
-        v = v.to(q.dtype)  # float32 under autocast too: the CPU's bf16 kernel is the slower one
+        k, v = k.to(q.dtype), v.to(q.dtype)  # float32: the CPU's bf16 kernel is the slower one
     else:
         q, k = q.to(dtype), k.to(dtype)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

@@ -1,8 +1,8 @@
-"""Write text from a checkpoint, several tokens a pass, and watch it crystallise.
+r"""Write text from a checkpoint, several tokens a pass, and watch it crystallise.
 
     python sample.py                                    from out/nano, beginning with a newline
     python sample.py --prompt="KING." --mode=gpt        a token a pass, the distribution of verify
-    python sample.py --prompt=FILE:path --stop='\\n'     a prompt from a file; - is standard input
+    python sample.py --prompt=FILE:path --stop='\n'      a prompt from a file; - is standard input
     python sample.py --num_samples=4 --delay=0.1        slowly, to watch
     python sample.py --out_dir=out/bd3lm --rule=entropy
 
@@ -132,7 +132,7 @@ def probabilities(logits, how):
     """p (..., V) float64 of logits (..., V) by how = (temperature, top_k, top_p). The token that
     crosses top_p is kept."""
     logits, (temperature, top_k, top_p) = logits.double(), how
-    if temperature == 0:
+    if temperature < 1e-6:
         index = logits.argmax(dim=-1, keepdim=True)
         return torch.zeros_like(logits).scatter(-1, index, 1.0)
     p = (logits / temperature).softmax(dim=-1)
@@ -242,7 +242,7 @@ def verify_round(model, cache, how, left, room, D, u):
     drafts that may be accepted: one pass a round, for a GPU. So far there are two.)"""
     block = left.new_full((len(left), model.config.block_size), model.config.mask_id)
     h = read(model, torch.cat([left[:, :1], block], dim=1), cache, 1)
-    cache.length.add_(room.clamp(max=1))
+    cache.length.add_(1)
     t = draw(probabilities(model.logits(h[:, 0]), how), u[:, 0])
     left = torch.cat([t[:, None], left[:, :-1]], dim=1)
     drafts, q = draw_jointly(model, h[:, 2 : D + 2], left, how, u[:, 1 : D + 1])
@@ -250,25 +250,20 @@ def verify_round(model, cache, how, left, room, D, u):
     p = probabilities(model.logits(read(model, proposed, cache, D + 1)), how)  # (B, D + 1, V)
     most = room - 2  # t and c need a place each
     n, c = accept(p, q, drafts, most, u[:, D + 1 : -1], u[:, -1])
-    cache.length.add_(torch.where(room > 1, n + 1, 0))
     return torch.cat([proposed, c[:, None]], dim=1), n
 
 
 def block_pass(model, cache, how, left, text, block, choose, u):
-    """(block (B, S) with the tokens that this pass reveals, q (B, S) of what it drew). text (B, T):
-    finished tokens that it reads first. choose(log_p, masked): for context="block", an unmasking
-    rule. u (B, S)."""
+    """block (B, S) with the tokens that this pass reveals. text (B, T): finished tokens that it
+    reads first. choose(log_p, masked): for context="block", an unmasking rule. u (B, S)."""
     T = text.shape[1]
     h = read(model, torch.cat([text, block], dim=1), cache, T)[:, T:]
     cache.length.add_(T)
     if model.config.context == "causal":
-        block, q = draw_jointly(model, h, left, how, u)
-        return block, pick(q, block)
+        return draw_jointly(model, h, left, how, u)[0]
     logits, masked = model.logits(h), block == model.config.mask_id
-    q = probabilities(logits, how)
-    token = draw(q, u)
-    new = choose(logits.double().log_softmax(dim=-1), masked)
-    return torch.where(new, token, block), pick(q, token)
+    token = draw(probabilities(logits, how), u)
+    return torch.where(choose(logits.double().log_softmax(dim=-1), masked), token, block)
 
 
 # ---- the text, on the host -----------------------------------------------------------------------
@@ -284,8 +279,8 @@ class Step:
     pending: list  # of each row what may come next: drafts, or the rest of a block with its masks
     tokens: int = 0  # written
     passes: int = 0  # without those that read prompts, and windows that have moved
-    rounds: int = 0  # in which drafts were read
-    accepted: int = 0  # drafts
+    rounds: int = 0  # without those whose window was full before the reading pass
+    accepted: int = 0  # drafts of these, with those behind a stop token
 
     def __str__(self):
         said = f"{self.tokens} tokens in {self.passes} passes, "
@@ -372,7 +367,7 @@ class Writer:
         self.step.pending[r] = [*pending] if r in self.unfinished else []
 
 
-# ---- modes: each writes a token, a round or a block to every row that is not finished ------------
+# ---- modes: a token, a round or a block for every row that is not finished; yields after each pass
 
 
 def write_gpt(writer):
@@ -382,66 +377,62 @@ def write_gpt(writer):
     for r in [*writer.unfinished]:
         writer.step.passes += 1
         writer.write(r, [tokens[r]], GPT)
-    yield writer.step
+    yield
 
 
 def write_verified(writer):
+    """Both passes have run when the first `Step` comes."""
     left, room = writer.prepare(1)
-    D, step = writer.o.drafts, writer.step
+    D, step, rows = writer.o.drafts, writer.step, [*writer.unfinished]
     found = verify_round(writer.model, writer.cache, writer.how, left, writer.tensor(room), D,
                          writer.uniform(2 * D + 2))
-    tokens, accepted = (x.tolist() for x in found)  # the only copy to the host
-    for r in [*writer.unfinished]:
+    tokens, accepted = (x.tolist() for x in found)  # here the host waits for the device
+    for r in rows:
         t, *drafts, _ = tokens[r]
         step.passes += 1
         writer.write(r, [t], GPT, drafts[: max(0, room[r] - 2)])
-    yield step
-    for r in [*writer.unfinished]:
+    yield
+    for r in rows:
         _, *drafts, c = tokens[r]
         step.passes += 1
-        if room[r] == 1:  # t has filled the window: nothing could be read
-            continue
-        step.rounds += 1
-        step.accepted += accepted[r]
-        writer.write(r, drafts[: accepted[r]], DRAFT)
-        if r in writer.unfinished:  # no stop token was among them
+        if room[r] > 1 and r in writer.unfinished:
+            step.rounds += 1
+            step.accepted += accepted[r]
+            writer.write(r, drafts[: accepted[r]], DRAFT)
+        if room[r] > 1 and r in writer.unfinished:
             writer.write(r, [c], GPT)
-    yield step
+    yield
 
 
 def write_blocks(writer):
     """With context="block", blocks stand where they stood in training: if a prompt ends inside of a
     block, its last tokens are the beginning of the first block that is written."""
-    c, o, todo = writer.config, writer.o, [*writer.unfinished]
+    c, o, todo, texts = writer.config, writer.o, [*writer.unfinished], writer.step.rows
     S = c.block_size
     spans = {r: writer.window(r) for r in todo}
     # the first pass reads the block before, or as much of it as every window has
     T = min(S, *(end - begin for begin, end in spans.values()))
-    if T < S:  # then of longer windows more than T tokens have not been read: cache all anew
-        writer.begin = [-1] * len(writer.begin)
     left, room = writer.prepare(T)
-    block, text, given = ([[0] * n for _ in writer.goal] for n in (S, T, 1))
+    block, text = ([[0] * n for _ in texts] for n in (S, T))
     for r, (_, end) in spans.items():
-        row = writer.step.rows[r]
-        given[r] = len(row) - end  # tokens of the prompt
-        block[r] = row[end:] + [c.mask_id] * (S - given[r])
-        text[r] = row[end - T : end]
+        block[r] = (texts[r][end:] + [c.mask_id] * S)[:S]
+        text[r] = texts[r][end - T : end]
     block, text = writer.tensor(block), writer.tensor(text)
-    for n in range(S):  # a causal context needs one pass
+    for n in range(S):  # a causal context takes one pass
         count = ((block == c.mask_id).sum(dim=1) / max(1, (o.passes or S) - n)).ceil()
         u, score = writer.uniform(2 * S).chunk(2, dim=1)
         choose = partial(RULES[o.rule], count=count, limit=o.limit, score=score)
-        block, _ = block_pass(writer.model, writer.cache, writer.how, left, text, block, choose, u)
+        block = block_pass(writer.model, writer.cache, writer.how, left, text, block, choose, u)
         text = text[:, :0]  # it is cached now
         found = block.tolist()
         for r in todo:
-            new = found[r][given[r] :]
+            new = found[r][len(texts[r]) - spans[r][1] :][: room[r]]  # what stands behind the row
             writer.step.passes += 1
-            if c.mask_id in new:
+            if c.mask_id in found[r]:
                 writer.write(r, [], DRAFT, new)
             else:
-                writer.write(r, new[: room[r]], DRAFT)
-        yield writer.step
+                writer.write(r, new, DRAFT)
+        yield
         todo = [r for r in todo if c.mask_id in found[r]]
         if not todo:
             return
@@ -459,11 +450,16 @@ def resolve(config, given):
     S, modes = config.block_size, ["block"]
     if config.context == "causal":
         modes = ["verify", "gpt", "block"] if S > 1 else ["gpt", "block"]
-    least = dict.fromkeys(("drafts", "temperature", "top_k", "top_p", "passes", "limit", "seed"), 0)
-    most = {"drafts": S - 1, "top_p": 1, "passes": S, "seed": 2**63 - 1}
-    check(o, {"mode": ["auto", *modes], "rule": RULES}, least, most)
+    check(o, {"mode": ["auto", *modes], "rule": RULES},
+          dict.fromkeys(("drafts", "temperature", "top_k", "top_p", "passes", "limit", "seed"), 0),
+          {"drafts": S - 1, "top_p": 1, "passes": S, "seed": 2**63 - 1})
     if o.mode == "auto":
         o.mode = modes[0]
+    require(o.top_p > 0, "top_p must be above 0")
+    require(o.mode == "verify" or not o.drafts, f"mode {o.mode} has no drafts: leave them out")
+    require(config.context == "block" or (o.rule, o.passes, o.limit) == ("confidence", 0, 0),
+            "rule, passes and limit are for context=block: leave them out")
+    require(config.context == "block" or config.seq_len > 1, "seq_len 1 has no place for a context")
     o.drafts = o.drafts or S - 1
     o.limit = o.limit or LIMITS.get(o.rule, 0.0)
     return o
@@ -482,7 +478,8 @@ def generate_stream(model, prompts, max_new_tokens, stop_token=None, **options):
     writer = Writer(model, prompts, max_new_tokens, stop_token, o)
     yield writer.step
     while writer.unfinished:
-        yield from MODES[o.mode](writer)
+        for _ in MODES[o.mode](writer):
+            yield writer.step
 
 
 def generate(model, prompts, max_new_tokens, stop_token=None, **options):
@@ -497,7 +494,8 @@ def generate(model, prompts, max_new_tokens, stop_token=None, **options):
 @guarded
 def main(argv):
     s, _ = settings(DEFAULTS, argv)
-    check(s, {"dtype": ("auto", "float32", "bfloat16")}, {"num_samples": 1, "delay": 0}, {})
+    check(s, {"dtype": ("auto", "float32", "bfloat16")}, {"num_samples": 1, "delay": 0},
+          {"delay": 3600})
     device = choose_device(s.device)
     model, state = checkpoint.load_model(s.out_dir, device)
     if state["settings"]["draft_weight"] == 0:
@@ -513,7 +511,8 @@ def main(argv):
     stop_token = token_id(tokenizer, s.stop) if s.stop else None
     stream = generate_stream(model, [prompt] * s.num_samples, s.max_new_tokens, stop_token,
                              **{name: getattr(s, name) for name in OPTIONS})
-    live = sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("", "dumb")
+    terminal = sys.stdout.isatty()
+    live = terminal and os.environ.get("TERM", "dumb") not in ("", "dumb")
     live = live and not os.environ.get("NO_COLOR")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave the view first
     step, seconds, code = None, 0.0, 0
@@ -535,7 +534,7 @@ def main(argv):
         if s.num_samples > 1:
             print(f"--- sample {i + 1} of {s.num_samples}")
         written = tokenizer.decode(row if text else row[len(prompt) :])
-        print(printable(written) if live else written, flush=True)
+        print(printable(written) if terminal else written, flush=True)
     print(f"{step}, {step.tokens / seconds:,.0f} tokens/s in {s.dtype}", file=sys.stderr)
     return code
 

@@ -1123,7 +1123,7 @@ def test_configs(folder):
         code, out, err = command(train.main, [config, *argv, "--overwrite=true"])
         assert code == 0 and "nats/token" in out, (name, err)
         said = {"ar": "1 gpt\n", "bd3lm": "1 bound\n"}.get(name[:-3], "1 gpt + 1 draft\n")
-        assert f"loss       {said}" in out, name
+        assert f"loss       {said}" in out and "300 tokens in " in out, name
     s = SimpleNamespace(**train.DEFAULTS)
     config = CascadeConfig(**checkpoint.model_settings(train.DEFAULTS))
     config.check_training(s.noise, s.corruption, s.draft_weight, s.soft)
@@ -1176,7 +1176,16 @@ def test_mistakes(folder):
         ("vocabulary", [f"--out_dir={run}", f"--dataset={other}/data"]),
         ("no split", [f"--out_dir={run}", "--split=test"]),
     )
-    for main, table in ((train.main, in_training), (eval.main, in_evaluation)):
+    in_sampling = (
+        ("no checkpoint", ["--out_dir=nothing"]), ("or less", [f"--out_dir={run}", "--drafts=4"]),
+        ("text file", [f"--out_dir={run}", "--prompt=FILE:nothing"]),
+        ("not UTF-8", [f"--out_dir={run}", f"--prompt=FILE:{folder}/bad.pt"]),
+        ("no 'q'", [f"--out_dir={run}", "--prompt=q"]),
+        ("2 tokens", [f"--out_dir={run}", "--stop=ab"]),
+        ("must be", [f"--out_dir={run}", "--mode=draft"]),
+    )
+    for main, table in ((train.main, in_training), (eval.main, in_evaluation),
+                        (sample.main, in_sampling)):
         for word, argv in table:
             code, _, err = command(main, argv)
             assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, (word, err)
@@ -1187,7 +1196,7 @@ def test_mistakes(folder):
         try:
             command(train.main, fresh())
         except ZeroDivisionError:
-            return f"{len(in_training + in_evaluation)} mistakes; a bug keeps its traceback"
+            return f"{len(in_training + in_evaluation + in_sampling)} mistakes in one line"
     raise AssertionError("a bug became a message")
 
 
@@ -1273,8 +1282,8 @@ def test_decoding_greedy():
             step = decode(drafter, PROMPTS, 150, **how)
             assert step.rows == want, (shape, drafts)
             assert sample.generate(drafter, PROMPTS[2:3], 150, **how) == want[2:3], shape
-            kinds = [kinds.count(sample.DRAFT) for kinds in step.kinds]
-            assert 0 < step.accepted == sum(kinds) and step.passes < 750
+            drafted = sum(kinds.count(sample.DRAFT) for kinds in step.kinds)
+            assert 0 < step.accepted == drafted and step.passes < 750
             passes.append(step.passes)
             tokens += step.tokens
     assert passes[0] != passes[1]
@@ -1342,38 +1351,78 @@ def slow_truncation(p, temperature, top_k, top_p):
     return torch.tensor([p[i] / total if i in kept else 0.0 for i in range(len(p))])
 
 
+def chi_square(rows, exact, V):
+    """How far the texts `rows`, their last tokens, are from the probabilities `exact` (V ** n,), in
+    standard deviations of chi-square."""
+    n = round(math.log(len(exact), V))
+    place = V ** torch.arange(n - 1, -1, -1)
+    found = torch.bincount((torch.tensor(rows)[:, -n:] * place).sum(dim=1), minlength=len(exact))
+    assert (found[exact == 0] == 0).all(), "a token that was cut off was drawn"
+    expected = exact * len(rows)
+    many = expected >= 5  # the others are one cell
+    found, expected = (torch.cat([x[many], x[~many].sum(dim=0, keepdim=True)])
+                       for x in (found, expected))
+    df = int((expected > 0).sum()) - 1
+    chi = ((found - expected) ** 2 / expected.clamp(min=1e-9)).sum().item()
+    return (chi - df) / math.sqrt(2 * df)
+
+
+TRUNCATIONS = ((1.0, 0, 1.0), (0.7, 2, 1.0), (1.3, 0, 0.8), (0.9, 2, 0.7))
+
+
+def options(how, **more):
+    return dict(zip(("temperature", "top_k", "top_p"), how, strict=True)) | more
+
+
 @torch.no_grad()
 def test_decoding_distribution():
     """What is written has the distribution of the GPT level, across the end of a window: chi-square
-    of 8,000 texts of 4 tokens against all 256, enumerated, after temperature, top-k and top-p; in
-    modes gpt and verify, with a wrong drafter, too. Random numbers and what they meet are float64.
-    """
-    net = tiny_model(vocab_size=4, seq_len=9, n_layer=1, n_head=2)
-    worst, prompt, names = 0.0, [1, 2, 0, 3, 1, 2], ("temperature", "top_k", "top_p")
-    for how in ((1.0, 0, 1.0), (0.7, 3, 1.0), (1.3, 0, 0.8), (0.9, 3, 0.7)):
+    of 8,000 texts of 5 tokens against all 243, enumerated, after temperature, top-k and top-p; in
+    modes gpt and verify, with a wrong drafter, too."""
+    net = tiny_model(vocab_size=3, seq_len=9, n_layer=1, n_head=2)
+    worst, prompt = 0.0, [1, 2, 0, 1, 2]
+    for how in TRUNCATIONS:
         exact = torch.ones(1, dtype=torch.float64)
-        for n in range(4):
-            texts = torch.tensor([prompt + [*t] for t in itertools.product(range(4), repeat=n)])
+        for n in range(5):
+            texts = torch.tensor([prompt + [*t] for t in itertools.product(range(3), repeat=n)])
             logits = net.logits_of(texts[:, window_of(texts[0], 9)[0] :])[:, -1]
             p = torch.stack([slow_truncation(x.softmax(-1), *how) for x in logits])
-            found = sample.probabilities(logits, how)
-            assert found.dtype == torch.float64 and diff(found, p) < 1e-6
+            assert diff(sample.probabilities(logits, how), p) < 1e-6
             exact = (exact[:, None] * p).flatten()
         for seed, (mode, drafter) in enumerate((("gpt", net), ("verify", net),
                                                 ("verify", wrong_drafter(net)))):
-            options = {"mode": mode, "seed": seed} | dict(zip(names, how, strict=True))
-            rows = sample.generate(drafter, [prompt] * 8000, 4, **options)
-            index = (torch.tensor(rows)[:, 6:] * torch.tensor([64, 16, 4, 1])).sum(dim=1)
-            found, expected = torch.bincount(index, minlength=256), exact * 8000
-            assert (found[exact == 0] == 0).all(), "a token that was cut off was drawn"
-            many = expected >= 5  # the others are one cell
-            found, expected = (torch.cat([x[many], x[~many].sum(dim=0, keepdim=True)])
-                               for x in (found, expected))
-            chi = ((found - expected) ** 2 / expected.clamp(min=1e-9)).sum().item()
-            df = int((expected > 0).sum()) - 1
-            worst = max(worst, (chi - df) / math.sqrt(2 * df))
-    writer = sample.Writer(net, [prompt], 1, None, sample.resolve(net.config, {}))
-    assert writer.uniform(2).dtype == torch.float64
+            more = options(how, mode=mode, seed=seed)
+            rows = sample.generate(drafter, [prompt] * 8000, 5, **more)
+            worst = max(worst, chi_square(rows, exact, 3))
+    return within(worst, 4, "12 runs, chi-square, standard deviations above its mean")
+
+
+@torch.no_grad()
+def test_decoding_block_distribution():
+    """The same for a block: of a causal context its tokens are drawn one given the other; with a
+    block context, a token a pass, from the left or in a random order. A seed repeats a text."""
+    worst, orders = 0.0, [*itertools.permutations(range(3, 6))]
+    texts = torch.tensor([[1, 2, 0, *t] for t in itertools.product(range(3), repeat=3)])
+    for context, ways, more in (("causal", orders[:1], {}), ("block", orders, {"rule": "random"}),
+                                ("block", orders[:1], {"rule": "left_to_right"})):
+        net = tiny_model(vocab_size=3, seq_len=9, n_layer=1, n_head=2, context=context)
+        for seed, how in enumerate(TRUNCATIONS):
+            exact = torch.zeros(27, dtype=torch.float64)
+            for order in ways:
+                p, xt = torch.ones(27, dtype=torch.float64), texts.clone()
+                xt[:, 3:] = 3
+                for i in order:
+                    q = reference.reference_block_logits(net.state_dict(), net.config, texts, xt)
+                    q = torch.stack([slow_truncation(x, *how) for x in q[:, i].softmax(-1)])
+                    p *= sample.pick(q, texts[:, i])
+                    if context == "block":
+                        xt[:, i] = texts[:, i]
+                exact += p / len(ways)
+            how = options(how, mode="block", seed=seed, **more)
+            rows = sample.generate(net, [[1, 2, 0]] * 8000, 3, **how)
+            worst = max(worst, chi_square(rows, exact, 3))
+    rows = [sample.generate(net, [[1]], 30, seed=seed) for seed in (1, 1, 2)]
+    assert rows[0] == rows[1] != rows[2], "the seed"
     return within(worst, 4, "12 runs, chi-square, standard deviations above its mean")
 
 
@@ -1446,14 +1495,19 @@ def test_decoding_log_probabilities():
     worst = 0.0
     for rule, K, limit in (("left_to_right", 3, 0), ("confidence", 1, 0), ("confidence", 3, 0),
                            ("threshold", 0, 0.45), ("entropy", 0, 1.0), ("random", 2, 0)):
-        nll, block_pass = torch.zeros(6, dtype=torch.float64), sample.block_pass
+        nll, drawn = torch.zeros(6, dtype=torch.float64), []
 
-        def passed(*args, nll=nll, block_pass=block_pass):
-            block, q = block_pass(*args)
-            nll -= torch.where(block != args[5], q.log(), 0.0).sum(dim=1)
-            return block, q
+        def draw(p, u, drawn=drawn, draw=sample.draw):
+            token = draw(p, u)
+            drawn.append(sample.pick(p, token))
+            return token
 
-        with patch.object(sample, "block_pass", passed):
+        def passed(*args, nll=nll, drawn=drawn, block_pass=sample.block_pass):
+            block = block_pass(*args)
+            nll -= torch.where(block != args[5], drawn[-1].log(), 0.0).sum(dim=1)
+            return block
+
+        with patch.object(sample, "block_pass", passed), patch.object(sample, "draw", draw):
             step = decode(net, [[1, 2, 3, 4]] * 6, 8, temperature=1.0, rule=rule, passes=K,
                           limit=limit)
         passes = 6 * 2 * 2
@@ -1466,45 +1520,59 @@ def test_decoding_log_probabilities():
 
 @torch.no_grad()
 def test_decoding_compiles_whole():
-    """A round is one graph, with the same tokens for the same random numbers."""
-    torch._dynamo.reset()
-    net, found = tiny_model(), []
-    for run in (sample.verify_round,
-                torch.compile(sample.verify_round, fullgraph=True, backend="eager")):
-        w = sample.Writer(net, [[1, 2, 3], [4]], 9, None, sample.resolve(net.config, {}))
-        for _ in range(3):
-            left, room = w.prepare(1)
-            final, room, how = w.cache.length.clone(), w.tensor(room), (0.9, 8, 0.9)
-            tokens, n = run(net, w.cache, how, left, room, 2, w.uniform(6))
-            assert torch.equal(w.cache.length, final + torch.minimum(n + 2, room))
-            found += [tokens, n]
-    assert all(map(torch.equal, found[:6], found[6:])) and found[1].sum() + found[3].sum() > 0
-    return "one graph, 3 rounds"
+    """A token's pass, a round and a block's pass are one graph each, with the same tokens for the
+    same random numbers."""
+    causal, block, how = tiny_model(), tiny_model(context="block"), (0.9, 8, 0.9)
+    left, room = torch.tensor([[3, 2], [4, 11]]), torch.tensor([9, 2])
+    u = torch.rand(2, 6, generator=generator(), dtype=torch.float64)
+    choose = partial(sample.left_to_right, count=torch.ones(2), limit=0, score=None)
+    text, masks = left[:, :0], torch.full((2, 3), 11)
+    for call, net, args in ((sample.gpt_pass, causal, (left, u)),
+                            (sample.verify_round, causal, (left, room, 2, u)),
+                            (sample.block_pass, block, (left, text, masks, choose, u[:, :3]))):
+        torch._dynamo.reset()
+        found = []
+        for run in (call, torch.compile(call, fullgraph=True, backend="eager")):
+            cache = sample.BlockCache(net.config, 2)
+            for length in (3, 0, 6):
+                cache.length.fill_(length)
+                found.append(run(net, cache, how, *args))
+        torch.testing.assert_close(found[:3], found[3:], rtol=0, atol=0)
+    return "three graphs"
 
 
 def test_decoding_ends():
     """A stop token ends its row, is left out, and counts in no prompt; [MASK] is never written,
-    however hot; no token to write; what a model cannot do is refused in one line."""
-    net, block = tiny_model(vocab_size=5), tiny_model(context="block")
-    want = sample.generate(net, PROMPTS, 40, temperature=0, mode="gpt")
-    for mode, stop_token in itertools.product(("gpt", "verify"), range(5)):
-        rows = sample.generate(net, PROMPTS, 40, stop_token, temperature=0, mode=mode)
-        for row, prompt, whole in zip(rows, PROMPTS, want, strict=True):
+    however hot; passes are those of the network; no token to write; a model in bfloat16; what a
+    model cannot do is refused in one line."""
+    net, block = tiny_model(vocab_size=5), tiny_model(context="block", vocab_size=5)
+    for mode, stop_token in itertools.product(("gpt", "verify", "block"), range(5)):
+        greedy = partial(sample.generate, net, PROMPTS, 40, temperature=0, mode=mode)
+        rows = greedy(stop_token=stop_token)
+        for row, prompt, whole in zip(rows, PROMPTS, greedy(), strict=True):
             text = whole[len(prompt) :]
             end = text.index(stop_token) if stop_token in text else len(text)
             assert row == whole[: len(prompt) + end], (mode, stop_token)
-    rows = sample.generate(net, PROMPTS, 40, temperature=100.0)
-    assert sample.generate(net, PROMPTS, 0) == PROMPTS and {*itertools.chain(*rows)} == {*range(5)}
+    assert sample.generate(net, PROMPTS, 0) == PROMPTS
+    rows = sample.generate(block, PROMPTS, 40, temperature=100.0, passes=1)
+    assert {*itertools.chain(*rows)} == {*range(5)}
+    for mode, count in itertools.product(("gpt", "verify", "block"), (1, 2, 7, 13)):
+        with patch.object(net, "trunk", wraps=net.trunk) as trunk:  # one token: nothing to read
+            assert decode(net, [[1]], count, mode=mode).passes == trunk.call_count, (mode, count)
+    assert len(sample.generate(tiny_model().bfloat16(), [[1]], 20)[0]) == 21
     for model_, word, how in (
         (net, "mode", {"mode": "draft"}), (block, "auto or block", {"mode": "verify"}),
         (tiny_model(block_size=1), "auto or gpt", {"mode": "verify"}),
         (net, "drafts", {"drafts": 3}), (net, "top_p", {"top_p": 1.5}), (net, "rule", {"rule": ""}),
+        (net, "above 0", {"top_p": 0.0}), (net, "context=block", {"mode": "block", "passes": 2}),
+        (net, "no drafts", {"mode": "gpt", "drafts": 2}), (tiny_model(
+            seq_len=1, block_size=1, local_window=0), "seq_len 1", {"mode": "gpt"}),
         (net, "unknown option tau", {"tau": 1}), (net, "temperature", {"temperature": -1.0}),
     ):
         refuses(partial(sample.generate, model_, [[1]], 3), word, **how)
     for prompts, count in (([[]], 3), ([], 3), ([[5]], 3), ([[-1]], 3), ([[1]], -1)):
         refuses(sample.generate, "prompt", model=net, prompts=prompts, max_new_tokens=count)
-    return "5 stop tokens, 13 refusals"
+    return "5 stop tokens, 17 refusals"
 
 
 def test_sample_command(folder):
@@ -1549,7 +1617,7 @@ def test_sample_command(folder):
     want += [(3, "a"), (3, "b"), (3, "_"), (3, "_")]
     want = [(k, " " if char in "\t\x1b" else char) for k, char in want]
     assert len(lines) == 8 and cells == want[-len(cells) :] and len(cells) > 40, cells
-    assert "".join(char for _, char in figures) == "0 tokens "
+    assert "".join(char for _, char in figures) == "proposed "
     return "prompts, stop tokens, pipes, a small terminal"
 
 

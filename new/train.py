@@ -256,15 +256,15 @@ def resume_command(s):
 
 
 def say_sample(model, data, tokens, ar):
-    """Print a text and, as sample.py has it, what it cost."""
+    """Print a text and what it cost, as sample.py has it."""
     try:
         tokenizer = data.tokenizer()
-    except UserError as e:  # after a finished run this is no error
+    except UserError as e:  # no error: the run is finished
         print(f"\nno sample: {e}")
         return
-    mode = "gpt" if ar else "auto"
-    *_, step = sample.generate_stream(model, [opening(tokenizer)], tokens, mode=mode)
-    print(f"\n{tokenizer.decode(step.rows[0])}\n\n{step}")
+    start, mode = opening(tokenizer), "gpt" if ar else "auto"
+    *_, step = sample.generate_stream(model, [start], tokens, mode=mode)
+    print(f"\n{tokenizer.decode(step.rows[0][len(start) :])}\n\n{step}")
 
 
 def train(s, given=()):

@@ -74,7 +74,7 @@ class ByteTokenizer:
     kind, eot, vocab_size = "byte", 255, 256
 
     def encode(self, text):
-        return np.frombuffer(text.encode(), np.uint8)
+        return np.frombuffer(text.encode(errors="replace"), np.uint8)
 
     def decode(self, ids):
         return bytes(map(int, ids)).replace(b"\xff", EOT.encode()).decode(errors="replace")
@@ -125,7 +125,7 @@ def opening(tokenizer):
     if tokenizer.eot is not None:
         return [tokenizer.eot]
     try:
-        return tokenizer.encode("\n").tolist()
+        return tokenizer.encode("\n").tolist() or [0]
     except UserError:
         return [0]
 

@@ -9,7 +9,7 @@ from itertools import groupby
 
 DIM, GREEN, YELLOW, END = "\x1b[2m", "\x1b[92m", "\x1b[93m", "\x1b[0m"
 STYLES = "", YELLOW, GREEN  # of sample.py's PROMPT, GPT, DRAFT
-LEGEND = (DIM, " | draft "), (GREEN, "accepted "), (YELLOW, "the GPT's own")
+LEGEND = (DIM, "proposed "), (GREEN, "drafted "), (YELLOW, "the GPT's own ")
 
 
 def printable(text):
@@ -23,10 +23,10 @@ def columns(char):
     return 0 if unicodedata.combining(char) else 2 if wide else 1
 
 
-def wrap(pieces, width):
-    """Lines of at most `width` columns, with escape codes, of pieces (style, text)."""
+def wrap(styled, width):
+    """Lines of at most `width` columns, with escape codes, of pairs (style, text)."""
     lines, used = [""], 0
-    for style, text in pieces:
+    for style, text in styled:
         lines[-1] += style
         for char in printable(text):
             if char == "\n" or used + columns(char) > width:
@@ -40,10 +40,11 @@ def wrap(pieces, width):
     return lines
 
 
-def pieces(step, row, decode, mask_id, most):
-    """(style, text) of the last tokens of a row, `most` or more, beginning at a multiple of `most`,
-    so that not every token breaks all lines anew."""
-    begin = max(0, len(step.rows[row]) // most - 1) * most
+def pieces(step, row, decode, mask_id, least):
+    """(style, text) of the last tokens of a row, `least` or more, beginning at a multiple of it, so
+    that line breaks stay where they are. Of a character that takes tokens of several styles, or
+    several that are proposed, this shows replacement characters; the text at the end is whole."""
+    begin = max(0, len(step.rows[row]) // least - 1) * least
     tokens = zip(step.kinds[row][begin:], step.rows[row][begin:], strict=True)
     for kind, group in groupby(tokens, key=lambda pair: pair[0]):
         yield STYLES[kind], decode([token for _, token in group])
@@ -53,7 +54,7 @@ def pieces(step, row, decode, mask_id, most):
 
 @contextmanager
 def other_screen():
-    """Within it the terminal shows its other screen, which vanishes whatever ends it."""
+    """Show the terminal's other screen, without a cursor, and leave it whatever happens."""
     sys.stdout.write("\x1b[?1049h\x1b[?25l")
     try:
         yield
@@ -63,12 +64,12 @@ def other_screen():
 
 
 def show(step, decode, mask_id):
-    """Draw a `Step`: the end of each row, of as many as there are lines, and its figures."""
+    """Draw a `Step`: the last lines of each row, of as many rows as fit, and a line of figures."""
     size, lines = shutil.get_terminal_size(), []
-    width, rows = size.columns - 1, min(len(step.rows), size.lines - 1)
+    width, rows = max(1, size.columns - 1), min(len(step.rows), size.lines - 1)
     height = (size.lines - 1) // max(1, rows)
     for row in range(rows):
         lines += wrap(pieces(step, row, decode, mask_id, height * width), width)[-height:]
-    lines += wrap([(DIM, str(step)), *LEGEND], width)[:1]
-    sys.stdout.write("\x1b[H\x1b[J" + "\n".join(lines))
+    lines += wrap([*LEGEND, (DIM, f"| {step}")], width)[:1]
+    sys.stdout.write("\x1b[H\x1b[J" + "\n".join(lines))  # from the top left, all cleared
     sys.stdout.flush()
