@@ -353,13 +353,14 @@ class Writer:
         left = [(row[-w:][::-1] + [c.mask_id] * w)[:w] for row in rows]
         return self.tensor(left), room
 
-    def write(self, r, tokens, kind, pending=()):
-        """Give tokens to row r. It is finished at its goal, or by a stop token, which is left out.
-        """
-        for token in tokens:
+    def write(self, r, tokens, last, pending=()):
+        """What a pass gave row r: drafts, but for the last token, whose kind is `last`. The row is
+        finished at its goal, or by a stop token, which is left out."""
+        self.step.passes += 1
+        for i, token in enumerate(tokens, 1):
             if token != self.stop_token:
                 self.step.rows[r].append(token)
-                self.step.kinds[r].append(kind)
+                self.step.kinds[r].append(last if i == len(tokens) else DRAFT)
                 self.step.tokens += 1
             if token == self.stop_token or len(self.step.rows[r]) == self.goal[r]:
                 self.unfinished.remove(r)
@@ -375,7 +376,6 @@ def write_gpt(writer):
     found = gpt_pass(writer.model, writer.cache, writer.how, left, writer.uniform(1))
     tokens = found.tolist()
     for r in [*writer.unfinished]:
-        writer.step.passes += 1
         writer.write(r, [tokens[r]], GPT)
     yield
 
@@ -389,18 +389,15 @@ def write_verified(writer):
     tokens, accepted = (x.tolist() for x in found)  # here the host waits for the device
     for r in rows:
         t, *drafts, _ = tokens[r]
-        step.passes += 1
         writer.write(r, [t], GPT, drafts[: max(0, room[r] - 2)])
     yield
     for r in rows:
-        _, *drafts, c = tokens[r]
-        step.passes += 1
+        (_, *drafts, c), n, new = tokens[r], accepted[r], []
         if room[r] > 1 and r in writer.unfinished:
             step.rounds += 1
-            step.accepted += accepted[r]
-            writer.write(r, drafts[: accepted[r]], DRAFT)
-        if room[r] > 1 and r in writer.unfinished:
-            writer.write(r, [c], GPT)
+            step.accepted += n
+            new = [*drafts[:n], c]
+        writer.write(r, new, GPT)
     yield
 
 
@@ -427,7 +424,6 @@ def write_blocks(writer):
         found = block.tolist()
         for r in todo:
             new = found[r][len(texts[r]) - spans[r][1] :][: room[r]]  # what stands behind the row
-            writer.step.passes += 1
             if c.mask_id in found[r]:
                 writer.write(r, [], DRAFT, new)
             else:

@@ -1133,6 +1133,14 @@ def test_configs(folder):
     return f"{', '.join(names)}; the defaults have {count / 1e6:.1f}M parameters"
 
 
+def all_refused(main, table):
+    """Each argv of `table` must end in exit code 2 and one line on stderr that has the word."""
+    for word, argv in table:
+        code, _, err = command(main, argv)
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, (word, err)
+        assert word in err, (word, err)
+
+
 def test_mistakes(folder):
     """A user's mistake: exit code 2, one line on stderr that names it, and out_dir untouched."""
     trained(folder)
@@ -1184,12 +1192,9 @@ def test_mistakes(folder):
         ("2 tokens", [f"--out_dir={run}", "--stop=ab"]),
         ("must be", [f"--out_dir={run}", "--mode=draft"]),
     )
-    for main, table in ((train.main, in_training), (eval.main, in_evaluation),
-                        (sample.main, in_sampling)):
-        for word, argv in table:
-            code, _, err = command(main, argv)
-            assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, (word, err)
-            assert word in err, (word, err)
+    all_refused(train.main, in_training)
+    all_refused(eval.main, in_evaluation)
+    all_refused(sample.main, in_sampling)
     assert before == {p.name: p.read_bytes() for p in run.iterdir()}, "a file was touched"
     assert not list(Path(folder, "fresh").glob("*.pt")), "something was saved"
     with patch.object(train, "make_optimizers", side_effect=ZeroDivisionError):
