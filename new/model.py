@@ -232,9 +232,20 @@ class LocalHead(nn.Module):
         self.embed = nn.Embedding(config.vocab_size + 1, width)
         self.mlp = SwiGLU(C + config.local_window * width, config.local_hidden, C)
 
-    def forward(self, h, left):
+    def of_states(self, h):
+        """(gate h, up h), (..., hidden) each, the part of gate z and up z that is known before any
+        token is drawn: a pass computes it once for all of its places."""
+        h, C = self.norm(h), h.shape[-1]
+        gate, up = self.mlp.gate_proj.weight, self.mlp.up_proj.weight
+        return F.linear(h, gate[:, :C]), F.linear(h, up[:, :C])
+
+    def forward(self, h, left, of_states=None):
         """h (..., C) of the trunk, left (..., w) int64, x_{i-1} first -> (..., C) for the head."""
-        return h + self.mlp(torch.cat([self.norm(h), self.embed(left).flatten(-2)], dim=-1))
+        (gate, up), C = of_states or self.of_states(h), h.shape[-1]
+        e = self.embed(left).flatten(-2)
+        gate = gate + F.linear(e, self.mlp.gate_proj.weight[:, C:])
+        up = up + F.linear(e, self.mlp.up_proj.weight[:, C:])
+        return h + self.mlp.down_proj(F.silu(gate) * up)
 
 
 def left_tokens(x0, window, mask_id):

@@ -162,8 +162,12 @@ def draw_jointly(model, h, left, how, u):
     """Drafts (B, D) and the q (B, D, V) that they were drawn from: left to right, each given those
     before it. h (B, D, C) of one pass; left (B, w), the text before, its last token first."""
     drafts, q = [], []
+    if model.local is not None:
+        gate, up = model.local.of_states(h)
     for i in range(h.shape[1]):
-        here = h[:, i] if model.local is None else model.local(h[:, i], left)
+        here = h[:, i]
+        if model.local is not None:
+            here = model.local(here, left, (gate[:, i], up[:, i]))
         q.append(probabilities(model.logits(here), how))
         drafts.append(draw(q[i], u[:, i]))
         left = torch.cat([drafts[i][:, None], left[:, :-1]], dim=1)
@@ -286,7 +290,7 @@ class Step:
         said = f"{self.tokens} tokens in {self.passes} passes, "
         said += f"{self.tokens / max(1, self.passes):.2f} a pass"
         if self.rounds:  # a drafting pass yields one token, a reading pass the others
-            said += f"; {self.rounds} rounds of {1 + self.accepted / self.rounds:.2f} + 1"
+            said += f"; {self.rounds} rounds: {1 + self.accepted / self.rounds:.2f} + 1 a round"
         return said
 
 

@@ -17,39 +17,32 @@ def printable(text):
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", " ", text)
 
 
-def columns(char):
-    """Columns on a terminal: 2 of wide East Asian characters, 0 of marks on the one before."""
-    wide = unicodedata.east_asian_width(char) in "WF"
-    return 0 if unicodedata.combining(char) else 2 if wide else 1
-
-
 def wrap(styled, width):
     """Lines of at most `width` columns, with escape codes, of pairs (style, text)."""
     lines, used = [""], 0
     for style, text in styled:
         lines[-1] += style
         for char in printable(text):
-            if char == "\n" or used + columns(char) > width:
+            columns = 2 if unicodedata.east_asian_width(char) in "WF" else 1
+            if char == "\n" or used + columns > width:
                 lines[-1] += END
                 lines.append(style)
                 used = 0
             if char != "\n":
                 lines[-1] += char
-                used += columns(char)
+                used += columns
         lines[-1] += END
     return lines
 
 
 def pieces(step, row, decode, mask_id, least):
     """(style, text) of the last tokens of a row, `least` or more, beginning at a multiple of it, so
-    that line breaks stay where they are. Of a character that takes tokens of several styles, or
-    several that are proposed, this shows replacement characters; the text at the end is whole."""
+    that line breaks stay. (A character made of several tokens may show as a replacement sign.)"""
     begin = max(0, len(step.rows[row]) // least - 1) * least
     tokens = zip(step.kinds[row][begin:], step.rows[row][begin:], strict=True)
     for kind, group in groupby(tokens, key=lambda pair: pair[0]):
         yield STYLES[kind], decode([token for _, token in group])
-    for token in step.pending[row]:
-        yield DIM, "_" if token == mask_id else decode([token])
+    yield from ((DIM, "_" if t == mask_id else decode([t])) for t in step.pending[row])
 
 
 @contextmanager
@@ -68,8 +61,8 @@ def show(step, decode, mask_id):
     size, lines = shutil.get_terminal_size(), []
     width, rows = max(1, size.columns - 1), min(len(step.rows), size.lines - 1)
     height = (size.lines - 1) // max(1, rows)
-    for row in range(rows):
-        lines += wrap(pieces(step, row, decode, mask_id, height * width), width)[-height:]
+    for r in range(rows):
+        lines += wrap(pieces(step, r, decode, mask_id, height * width), width)[-height:]
     lines += wrap([*LEGEND, (DIM, f"| {step}")], width)[:1]
     sys.stdout.write("\x1b[H\x1b[J" + "\n".join(lines))  # from the top left, all cleared
     sys.stdout.flush()
