@@ -138,9 +138,8 @@ def build_flex_mask(N, S, device, sees, streams):
 def attention(q, k, v, mask=None, causal=False):
     """softmax(q k^T / sqrt(D)) v: q (B, Nq, H, D), k and v (B, Nk, Hkv, D) -> (B, Nq, H, D).
 
-    mask, broadcast to (B, H, Nq, Nk): bool, True where visible, or added to the scores; or a
-    BlockMask: then FlexAttention, which has to be compiled to be fast, and has no backward on a
-    CPU. causal: Nq = Nk."""
+    mask: bool, True where visible, broadcast to (B, H, Nq, Nk); or a BlockMask: then FlexAttention,
+    which has to be compiled to be fast, and has no backward on a CPU. causal: Nq = Nk."""
     dtype = v.dtype
     if q.device.type == "cpu":
         k, v = k.to(q.dtype), v.to(q.dtype)  # float32: the CPU's bf16 kernel is the slower one

@@ -455,11 +455,17 @@ def resolve(config, given):
           {"drafts": S - 1, "top_p": 1, "passes": S, "seed": 2**63 - 1})
     if o.mode == "auto":
         o.mode = modes[0]
-    require(o.top_p > 0, "top_p must be above 0")
-    require(o.mode == "verify" or not o.drafts, f"mode {o.mode} has no drafts: leave them out")
-    require(config.context == "block" or (o.rule, o.passes, o.limit) == ("confidence", 0, 0),
-            "rule, passes and limit are for context=block: leave them out")
-    require(config.context == "block" or config.seq_len > 1, "seq_len 1 has no place for a context")
+    block = config.context == "block"
+    for right, message in (
+        (o.top_p > 0, "top_p must be above 0"),
+        (o.drafts == 0 or o.mode == "verify", f"mode {o.mode} has no drafts: leave them out"),
+        (block or o.rule == "confidence", "a rule is for context=block: leave it out"),
+        (o.passes == 0 or (block and o.rule not in LIMITS),
+         "passes are for context=block, and not for adaptive rules: leave them out"),
+        (o.limit == 0 or o.rule in LIMITS, f"rule {o.rule} has no limit: leave it out"),
+        (block or config.seq_len > 1, "seq_len 1 has no place for a context"),
+    ):
+        require(right, message)
     o.drafts = o.drafts or S - 1
     o.limit = o.limit or LIMITS.get(o.rule, 0.0)
     return o

@@ -1572,31 +1572,31 @@ def test_decoding_ends():
         (tiny_model(block_size=1), "auto or gpt", {"mode": "verify"}),
         (net, "drafts", {"drafts": 3}), (net, "top_p", {"top_p": 1.5}), (net, "rule", {"rule": ""}),
         (net, "above 0", {"top_p": 0.0}), (net, "context=block", {"mode": "block", "passes": 2}),
-        (net, "no drafts", {"mode": "gpt", "drafts": 2}), (tiny_model(
-            seq_len=1, block_size=1, local_window=0), "seq_len 1", {"mode": "gpt"}),
+        (net, "drafts", {"mode": "gpt", "drafts": 2}), (net, "a rule", {"rule": "random"}),
+        (block, "adaptive", {"rule": "entropy", "passes": 2}), (block, "limit", {"limit": 0.5}),
+        (tiny_model(seq_len=1, block_size=1), "seq_len 1", {"mode": "gpt"}),
         (net, "unknown option tau", {"tau": 1}), (net, "temperature", {"temperature": -1.0}),
     ):
         refuses(partial(sample.generate, model_, [[1]], 3), word, **how)
     for prompts, count in (([[]], 3), ([], 3), ([[5]], 3), ([[-1]], 3), ([[1]], -1)):
         refuses(sample.generate, "prompt", model=net, prompts=prompts, max_new_tokens=count)
-    return "5 stop tokens, 17 refusals"
+    return "5 stop tokens, 20 refusals"
 
 
 def test_sample_command(folder):
-    """A prompt of text, of a file (byte order mark, line ends as they are) or of standard input;
-    special names as --stop; a GPT; plain text in pipes, with a line of figures on stderr. On a
-    terminal each token in its colour, no line longer than that, no control character."""
+    """A prompt of text, of a file (without its byte order mark, line ends as they are) or of
+    standard input; special names as --stop; a GPT; plain text in pipes, its figures on stderr."""
     trained(folder, max_steps=60)
-    run = f"--out_dir={folder}/run"
-    Path(folder, "prompt.txt").write_bytes("\ufeffabc abd,".encode())
-    texts = []
-    for prompt in ("abc abd,", f"FILE:{folder}/prompt.txt", "-"):
-        stdin = SimpleNamespace(buffer=io.BytesIO(b"abc abd,"))
-        with patch.object(sys, "stdin", stdin):
+    run, file, texts = f"--out_dir={folder}/run", Path(folder, "prompt.txt"), set()
+    file.write_bytes(b"\xef\xbb\xbfabc abd,")
+    for prompt in ("abc abd,", f"FILE:{file}", "-"):
+        with patch.object(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(b"abc abd,"))):
             code, out, err = command(sample.main, [run, f"--prompt={prompt}", "--stop=."])
         assert code == 0 and "tokens/s in float32" in err and "\x1b" not in out, err
-        texts.append(out)
-    assert len({*texts}) == 1 and texts[0].startswith("abc abd,") and "." not in texts[0], texts
+        texts.add(out)
+    assert len(texts) == 1 and out.startswith("abc abd,") and "." not in out, texts
+    file.write_bytes(b"\xef\xbb\xbfa\r\nb\rc")
+    assert data.read_text(file) == "a\r\nb\rc"
     code, out, err = command(sample.main, [run, "--num_samples=2", "--max_new_tokens=9"])
     assert out.count("--- sample") == 2 and err.startswith("18 tokens"), (out, err)
     assert data.token_id(data.ByteTokenizer(), data.EOT) == 255
@@ -1604,28 +1604,36 @@ def test_sample_command(folder):
     trained(folder, draft_weight=0, local_window=0, soft=0, out_dir=f"{folder}/gpt")
     code, _, err = command(sample.main, [f"--out_dir={folder}/gpt", "--max_new_tokens=20"])
     assert code == 0 and err.startswith("20 tokens in 20 passes"), err
+    return "prompts, stop tokens, pipes"
 
+
+def test_view():
+    """A frame on a small terminal: the end of the text and what is proposed, each token in its
+    colour, no line too long, no control character; the other screen is left behind."""
     chars, screen = "a\u6f22b\tc\x1bd\n", io.StringIO()
     tokens, kinds = [0, 1, 2, 3, 4, 5, 6, 7] * 9, [0, 1, 2] * 24
-    step = sample.Step([tokens], [kinds], [[0, 2, 8, 8]], passes=3)
-    with patch.object(sys, "stdout", screen), patch("shutil.get_terminal_size", return_value=(
-            os.terminal_size((10, 9)))), view.other_screen():
+    step = sample.Step([tokens], [kinds], [[0, 2, 8, 8]])
+    size = patch("shutil.get_terminal_size", return_value=os.terminal_size((10, 9)))
+    with patch.object(sys, "stdout", screen), size, view.other_screen():
         view.show(step, data.CharTokenizer(chars).decode, 8)
     frame = screen.getvalue().split("\x1b[J")[1].removesuffix("\x1b[?25h\x1b[?1049l")
     styles, cells = {"": 0, view.YELLOW: 1, view.GREEN: 2, view.DIM: 3}, []
     *lines, figures = [re.findall(r"(\x1b\[[0-9]*m)|(.)", line) for line in frame.split("\n")]
     for line in lines:
-        style = ""
+        style, width = "", 0
         for code, char in line:
-            style = char and style or code.replace(view.END, "")
-            cells += [(styles[style], char)] * len(char)
-        assert sum(2 if char > "z" else 1 for _, char in line if char) <= 9 and not style, line
-    want = [(k, chars[t]) for k, t in zip(kinds, tokens, strict=True) if t != 7]
+            if char:
+                cells.append((styles[style], char))
+                width += 2 if char > "z" else 1
+            else:
+                style = "" if code == view.END else code
+        assert width <= 9 and not style, line
+    want = [(k, chars[t]) for k, t in zip(kinds, tokens, strict=True) if chars[t] != "\n"]
     want += [(3, "a"), (3, "b"), (3, "_"), (3, "_")]
     want = [(k, " " if char in "\t\x1b" else char) for k, char in want]
     assert len(lines) == 8 and cells == want[-len(cells) :] and len(cells) > 40, cells
     assert "".join(char for _, char in figures) == "proposed "
-    return "prompts, stop tokens, pipes, a small terminal"
+    return f"{len(cells)} cells"
 
 
 # ---- the runner ----------------------------------------------------------------------------------
