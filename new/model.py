@@ -221,8 +221,8 @@ class CascadeBlock(nn.Module):
 
 
 class LocalHead(nn.Module):
-    """h_i <- h_i + down(silu(gate z) * (up z)) with z = [norm(h_i), e(x_{i-1}), ..., e(x_{i-w})], e
-    an embedding of its own: what lets the drafts of one pass agree."""
+    """h_i <- h_i + down(silu(gate z) * (up z)) with z = [norm(h_i), e(x_{i-1}), ..., e(x_{i-w})]. e
+    is an embedding of its own. It shows each draft those before it, so that they agree."""
 
     def __init__(self, config):
         super().__init__()
@@ -232,16 +232,17 @@ class LocalHead(nn.Module):
         self.mlp = SwiGLU(C + config.local_window * width, config.local_hidden, C)
 
     def of_states(self, h):
-        """(gate h, up h), (..., hidden) each, the part of gate z and up z that is known before any
-        token is drawn: a pass computes it once for all of its places."""
+        """(gate norm(h), up norm(h)), each (..., hidden): the part of gate z and up z that needs no
+        left tokens. A drafting pass computes it once for all of its places."""
         h, C = self.norm(h), h.shape[-1]
         gate, up = self.mlp.gate_proj.weight, self.mlp.up_proj.weight
         return F.linear(h, gate[:, :C]), F.linear(h, up[:, :C])
 
-    def forward(self, h, left, of_states=None):
-        """h (..., C) of the trunk, left (..., w) int64, x_{i-1} first -> (..., C) for the head."""
-        (gate, up), C = of_states or self.of_states(h), h.shape[-1]
-        e = self.embed(left).flatten(-2)
+    def forward(self, h, left, known=None):
+        """h (..., C) of the trunk, left (..., w) int64, x_{i-1} first -> (..., C) for the head.
+        known: of_states(h), if that is computed already."""
+        gate, up = self.of_states(h) if known is None else known
+        e, C = self.embed(left).flatten(-2), h.shape[-1]
         gate = gate + F.linear(e, self.mlp.gate_proj.weight[:, C:])
         up = up + F.linear(e, self.mlp.up_proj.weight[:, C:])
         return h + self.mlp.down_proj(F.silu(gate) * up)

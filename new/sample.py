@@ -1,27 +1,33 @@
 r"""Write text from a checkpoint, several tokens a pass, and watch it crystallise.
 
-    python sample.py                                    from out/nano, beginning with a newline
+    python sample.py                                    from out/nano, without a prompt
     python sample.py --prompt="KING." --mode=gpt        a token a pass, the distribution of verify
-    python sample.py --prompt=FILE:path --stop='\n'      a prompt from a file; - is standard input
+    python sample.py --prompt=FILE:path --stop='\n'     a prompt from a file; - is standard input
     python sample.py --num_samples=4 --delay=0.1        slowly, to watch
     python sample.py --out_dir=out/bd3lm --rule=entropy
 
-    mode     context    a pass yields                                    whose distribution
-    gpt      causal     one token                                        the GPT level's
-    verify   causal     two passes: the accepted drafts and two more     the GPT level's, exactly
-    block    causal     S tokens, drawn jointly, not verified            the block level's
-    block    block      S / passes tokens, chosen by an unmasking rule   the block level's
+    mode     context   yields                                              whose distribution
+    gpt      causal    a token a pass                                      the GPT level's
+    verify   causal    in two passes two tokens and the accepted drafts    the GPT level's, exactly
+    block    causal    S tokens a pass, drawn jointly, not verified        the block level's
+    block    block     S tokens in K passes, in the order of a rule; or    the block level's
+                       an adaptive rule chooses how many passes it takes
 
-A round of `verify` is two passes; x is the last token, M is [MASK]:
+A round of `verify` is two passes. x is the last token, M is [MASK]; here are three drafts, and what
+a place gives stands below it:
 
-    draft    in   x  M   M   M   M ..   S masks stand behind x. The pass reads x as a GPT does, so t
-             out  t      d1  d2  d3     is the GPT level's own. The first mask, in the place of t,
-                                        goes unused; the local head draws drafts from the others
-    read     in   t  d1  d2  d3         A draft is accepted with a chance of min(1, p / q), until
-             out     d1  d2  c          one is refused. Then the GPT level gives one token c, in the
-                                        place of that or behind the last draft. c is the next x
+    draft    in    x  M   M   M   M ..   S masks stand behind x, which does not see them, so that
+             out   t      d1  d2  d3     t is the GPT level's own. The first mask, in the place of
+                                         t, is not used. The local head draws a draft in the place
+                                         of each of the others, with a probability q
+    read     in    t  d1  d2  d3         p is the GPT level's probability of a draft. It is accepted
+             out   d1 d2  c              with a chance of min(1, p / q), up to the first that is
+                                         refused, here d3. c is drawn in its place, or behind the
+                                         last draft if all are accepted. c is the next x
 
-As a library: `generate`, or `generate_stream`, which yields a `Step` after each pass.
+So a round yields 1 + r tokens; r, those of the reading pass, is eval.py's figure of tokens a round.
+As a library: `generate`, or `generate_stream`, which yields a `Step` at the start and after each
+pass.
 """
 
 import math
@@ -48,18 +54,18 @@ from util.view import other_screen, printable, show
 
 # ---- settings ------------------------------------------------------------------------------------
 out_dir = "out/nano"  # a run's folder or a checkpoint file
-prompt = ""  # text, FILE:path or -; empty: the end-of-text token, or a newline if there is none
+prompt = ""  # text, FILE:path or -; empty: the end-of-text token, else a newline
 num_samples = 1
 max_new_tokens = 500
-mode = "auto"  # auto: verify; block for context="block"; gpt for a GPT
+mode = "auto"  # auto: block for context="block"; gpt for a GPT or block_size=1; else verify
 drafts = 0  # D of a round of verify, 1 .. S - 1; 0: S - 1
 temperature = 0.8  # 1: the trained distribution; 0: greedy
 top_k = 0  # only the k most probable tokens; 0: all
 top_p = 1.0  # only the most probable tokens, up to this much probability
 stop = ""  # a token that ends a sample: text, \n, or a name such as <|endoftext|>
-rule = "confidence"  # of context="block"; or random, left_to_right, threshold, entropy
-passes = 0  # K, passes a block, of the first three rules; 0: S, a token each
-limit = 0.0  # of threshold, a probability (0: 0.9); of entropy, nats (0: 0.1)
+rule = "confidence"  # for context="block": or random, left_to_right, threshold, entropy
+passes = 0  # K, passes a block, but for threshold and entropy; 0: S, a token each
+limit = 0.0  # for threshold a probability, 0 means 0.9; for entropy nats, 0 means 0.1
 seed = 1337
 device = "auto"
 dtype = "auto"  # bfloat16 on a GPU that computes in it, else float32
@@ -75,8 +81,8 @@ PROMPT, GPT, DRAFT = range(3)  # where a token comes from: the user, the GPT lev
 # ---- unmasking rules -----------------------------------------------------------------------------
 # (log_p, masked, count, limit, score) -> bool (..., S): which masked tokens of a block to reveal
 # now. log_p (..., S, V): the model's own, before temperature and truncation. masked (..., S).
-# count (...): how many, so that the block takes the passes that it was given. limit: a number that
-# lets an adaptive rule choose by itself how many. score (..., S) in [0, 1): random numbers.
+# count (...): how many, for a block in K passes; adaptive rules choose it by `limit` instead.
+# score (..., S) in [0, 1): random numbers, for the rule random.
 
 
 def random(log_p, masked, count, limit, score):
@@ -114,8 +120,8 @@ RULES = {f.__name__: f for f in (random, left_to_right, confidence, threshold, e
 
 
 def leftmost(key):
-    """Keys with a millionth more for each place: where they differ by rounding alone, as in a first
-    block of masks alone, the left one is the smallest."""
+    """The keys, plus a millionth for each place, so that keys which differ by rounding alone are
+    taken from the left: at the start of a text all masks look alike."""
     return key + 1e-6 * torch.arange(key.shape[-1], device=key.device)
 
 
@@ -131,7 +137,8 @@ def smallest(key, masked, count):
 def probabilities(logits, how):
     """p (..., V) float64 of logits (..., V) by how = (temperature, top_k, top_p). The token that
     crosses top_p is kept."""
-    logits, (temperature, top_k, top_p) = logits.double(), how
+    temperature, top_k, top_p = how
+    logits = logits.double()
     if temperature < 1e-6:
         index = logits.argmax(dim=-1, keepdim=True)
         return torch.zeros_like(logits).scatter(-1, index, 1.0)
@@ -185,15 +192,16 @@ def accept(p, q, drafts, most, u, u_next):
     absent = torch.arange(drafts.shape[1], device=drafts.device) >= most[:, None]
     q = F.pad(q.masked_fill(absent.unsqueeze(-1), 0.0), (0, 0, 0, 1))  # (B, D + 1, V)
     passed = u * pick(q[:, :-1], drafts) < pick(p[:, :-1], drafts)
-    n = passed.masked_fill(absent, False).long().cumprod(dim=1).sum(dim=1)
+    n = (passed & ~absent).long().cumprod(dim=1).sum(dim=1)
     here = n[:, None, None].expand(-1, 1, p.shape[-1])
     p, q = p.gather(1, here)[:, 0], q.gather(1, here)[:, 0]
     rest = (p - q).clamp(min=0)
-    rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)  # p = q, but for rounding
+    # where p = q nothing is left of p - q, and a refusal is due to rounding
+    rest = torch.where(rest.sum(dim=-1, keepdim=True) > 0, rest, p)
     return n, draw(rest, u_next)
 
 
-# ---- passes: fixed shapes and no copy to the host, so that torch.compile takes each whole --------
+# ---- passes: none copies to the host, so that each can be compiled as one graph ------------------
 # how: (temperature, top_k, top_p). left (B, w), at least (B, 1): the last tokens of each row, the
 # last one first. room (B,): how many tokens a row may get before its window is full or its goal is
 # reached; 0: it is finished. u: random numbers in [0, 1), float64.
@@ -214,13 +222,15 @@ class BlockCache:
 def read(model, tokens, cache, T):
     """One pass over tokens (B, Q) behind the cached ones -> (B, Q, C). The first T are finished
     text, the rest a block that is being written, which sees all. With context="block", T and
-    cache.length are whole blocks. The keys of the pass stand behind `length`: the caller moves it
-    over those that are final, and the next pass overwrites the others."""
+    cache.length are whole blocks. The keys of this pass stand behind `length`, and the next pass
+    overwrites them unless `length` is raised before."""
     (B, Q), unit, device = tokens.shape, model.config.unit, tokens.device
     i = torch.arange(Q, device=device)
     slots = cache.length[:, None] + i  # (B, Q): positions, too
-    last = torch.where(i < T, i // unit * unit + unit - 1, Q - 1)  # of the pass, what i sees
-    # (B, keys): their places in this pass, < 0 if cached, >= Q if left over from a longer one
+    # token i sees the cache, and the tokens of this pass up to last[i]
+    last = torch.where(i < T, i // unit * unit + unit - 1, Q - 1)
+    # (B, keys): the place of each key in this pass, < 0 if it is cached; those that an earlier,
+    # longer pass left behind are >= Q, where nobody sees them
     place = torch.arange(cache.k.shape[2], device=device) - cache.length[:, None]
     mask = (place[:, None] <= last[:, None])[:, None]  # (B, 1, Q, keys)
     batch = torch.arange(B, device=device)[:, None]
@@ -240,10 +250,10 @@ def gpt_pass(model, cache, how, left, u):
 
 
 def verify_round(model, cache, how, left, room, D, u):
-    """The two passes of the picture above, with D drafts: (tokens (B, D + 2): t, drafts, c; n (B,):
-    how many drafts are accepted). A row with room for one token gets t alone. u (B, 2 D + 2).
-    (The masks of the next round could ride along with the reading pass, behind each number of
-    drafts that may be accepted: one pass a round, for a GPU. So far there are two.)"""
+    """The two passes of the picture above: (tokens (B, D + 2): t, D drafts, c; n (B,): how many
+    drafts are accepted). Of a row with room for one token t alone counts. u (B, 2 D + 2).
+    The reading pass could carry the masks of the next round as well, behind each number of drafts
+    that may be accepted: one pass a round, which would pay on a GPU."""
     block = left.new_full((len(left), model.config.block_size), model.config.mask_id)
     h = read(model, torch.cat([left[:, :1], block], dim=1), cache, 1)
     cache.length.add_(1)
@@ -276,21 +286,22 @@ def block_pass(model, cache, how, left, text, block, choose, u):
 @dataclass
 class Step:
     """The state after a pass. The same object is yielded each time, and its lists grow: copy what
-    you want to keep. Numbers are sums over rows: a pass for three unfinished rows counts three."""
+    you want to keep. Numbers are sums over rows: a pass for three rows counts three. A row counts
+    both passes of a round, even if t finishes it."""
 
     rows: list  # of each row its tokens, prompt included
     kinds: list  # of each token PROMPT, GPT or DRAFT
     pending: list  # of each row what may come next: drafts, or the rest of a block with its masks
     tokens: int = 0  # written
-    passes: int = 0  # without those that read prompts, and windows that have moved
-    rounds: int = 0  # without those whose window was full before the reading pass
-    accepted: int = 0  # drafts of these, with those behind a stop token
+    passes: int = 0  # not counted are those that read a prompt, or a window that has moved
+    rounds: int = 0  # of verify; not counted are those in which t filled the window or ended a row
+    accepted: int = 0  # drafts in these rounds, with those behind a stop token
 
     def __str__(self):
         said = f"{self.tokens} tokens in {self.passes} passes, "
         said += f"{self.tokens / max(1, self.passes):.2f} a pass"
         if self.rounds:  # a drafting pass yields one token, a reading pass the others
-            said += f"; {self.rounds} rounds: {1 + self.accepted / self.rounds:.2f} + 1 a round"
+            said += f"; {self.rounds} rounds of 1 + {1 + self.accepted / self.rounds:.2f} tokens"
         return said
 
 
@@ -346,7 +357,7 @@ class Writer:
                 moved.append(r)
             self.begin[r] = begin
         if any(lengths[r] for r in moved):
-            texts = [rows[r][self.begin[r] :][: lengths[r]] for r in moved]
+            texts = [rows[r][self.begin[r] : self.begin[r] + lengths[r]] for r in moved]
             n, part = max(map(len, texts)), self.new_cache(len(moved))
             # zeros fill the shorter ones: they stand behind `length`, where no pass sees them
             tokens = self.tensor([text + [0] * (n - len(text)) for text in texts])
@@ -385,22 +396,22 @@ def write_gpt(writer):
 
 
 def write_verified(writer):
-    """Both passes have run when the first `Step` comes."""
+    """It yields after each of the two passes of a round, but both have run before the first."""
     left, room = writer.prepare(1)
     D, step, rows = writer.o.drafts, writer.step, [*writer.unfinished]
     found = verify_round(writer.model, writer.cache, writer.how, left, writer.tensor(room), D,
                          writer.uniform(2 * D + 2))
     tokens, accepted = (x.tolist() for x in found)  # here the host waits for the device
     for r in rows:
-        t, *drafts, _ = tokens[r]
-        writer.write(r, [t], GPT, drafts[: max(0, room[r] - 2)])
+        drafts = tokens[r][1:-1]
+        writer.write(r, tokens[r][:1], GPT, drafts[: max(0, room[r] - 2)])
     yield
     for r in rows:
-        (_, *drafts, c), n, new = tokens[r], accepted[r], []
+        new = []
         if room[r] > 1 and r in writer.unfinished:
             step.rounds += 1
-            step.accepted += n
-            new = [*drafts[:n], c]
+            step.accepted += accepted[r]
+            new = tokens[r][1 : 1 + accepted[r]] + tokens[r][-1:]  # the accepted drafts and c
         writer.write(r, new, GPT)
     yield
 
@@ -414,7 +425,7 @@ def write_blocks(writer):
     # the first pass reads the block before, or as much of it as every window has
     T = min(S, *(end - begin for begin, end in spans.values()))
     left, room = writer.prepare(T)
-    block, text = ([[0] * n for _ in texts] for n in (S, T))
+    block, text = [[0] * S for _ in texts], [[0] * T for _ in texts]  # 0: of finished rows
     for r, (_, end) in spans.items():
         block[r] = (texts[r][end:] + [c.mask_id] * S)[:S]
         text[r] = texts[r][end - T : end]
@@ -458,7 +469,7 @@ def resolve(config, given):
     block = config.context == "block"
     for right, message in (
         (o.top_p > 0, "top_p must be above 0"),
-        (o.drafts == 0 or o.mode == "verify", f"mode {o.mode} has no drafts: leave them out"),
+        (o.drafts == 0 or o.mode == "verify", "drafts are for mode verify: leave them out"),
         (block or o.rule == "confidence", "a rule is for context=block: leave it out"),
         (o.passes == 0 or (block and o.rule not in LIMITS),
          "passes are for context=block, and not for adaptive rules: leave them out"),
@@ -475,7 +486,8 @@ def resolve(config, given):
 def generate_stream(model, prompts, max_new_tokens, stop_token=None, **options):
     """Continue `prompts`, lists of at least one token id, of any lengths, by max_new_tokens tokens
     each or up to stop_token, an id. Yields a `Step` at the start and after each pass. options: the
-    settings above that are in OPTIONS. UserError for what this model cannot do."""
+    settings above that are in OPTIONS. That a model was trained as a GPT (draft_weight=0) only its
+    checkpoint knows: give mode="gpt". UserError for what this model cannot do."""
     o, V = resolve(model.config, options), model.config.vocab_size
     require(len(prompts) and max_new_tokens >= 0, "give a prompt or more, and max_new_tokens >= 0")
     for row in prompts:
@@ -508,7 +520,7 @@ def main(argv):
         check(s, {"mode": ("auto", "gpt")}, {}, {})  # a GPT: it cannot draft
         s.mode = "gpt"
     if s.dtype == "auto" and device == "cpu":
-        s.dtype = "float32"  # there a small model's pass is no faster in bfloat16
+        s.dtype = "float32"  # on a CPU bfloat16 makes a small model no faster
     s.dtype, _ = choose_dtype(s.dtype, device)
     tokenizer, text = make_tokenizer(state["meta"]), s.prompt
     if text == "-" or text.startswith("FILE:"):
@@ -518,9 +530,9 @@ def main(argv):
     stream = generate_stream(model, [prompt] * s.num_samples, s.max_new_tokens, stop_token,
                              **{name: getattr(s, name) for name in OPTIONS})
     terminal = sys.stdout.isatty()
-    live = terminal and os.environ.get("TERM", "dumb") not in ("", "dumb")
-    live = live and not os.environ.get("NO_COLOR")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave the view first
+    plain = os.environ.get("TERM", "") in ("", "dumb") or os.environ.get("NO_COLOR")
+    live = terminal and not plain
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that other_screen is left
     step, seconds, code = None, 0.0, 0
     try:
         with other_screen() if live else nullcontext(), autocast(device, s.dtype):
@@ -535,7 +547,7 @@ def main(argv):
         code = 130
     if step is None:
         return code
-    # after Ctrl-C, too: what there is; but not the opening that nobody typed
+    # also what was written before Ctrl-C; an opening that the user did not type is left out
     for i, row in enumerate(step.rows):
         if s.num_samples > 1:
             print(f"--- sample {i + 1} of {s.num_samples}")

@@ -256,10 +256,10 @@ def resume_command(s):
 
 
 def say_sample(model, data, tokens, ar):
-    """Print a text and what it cost, as sample.py has it."""
+    """Print a text, written with sample.py's defaults, and how many passes it took."""
     try:
         tokenizer = data.tokenizer()
-    except UserError as e:  # no error: the run is finished
+    except UserError as e:  # the run is finished and saved: this must not make it fail
         print(f"\nno sample: {e}")
         return
     start, mode = opening(tokenizer), "gpt" if ar else "auto"

@@ -121,7 +121,7 @@ def make_tokenizer(meta):
 
 
 def opening(tokenizer):
-    """The ids of a prompt for who gives none: the end of a text, or a newline, or token 0."""
+    """The prompt of a user who gives none: the end-of-text token, else a newline, else token 0."""
     if tokenizer.eot is not None:
         return [tokenizer.eot]
     try:
@@ -131,12 +131,14 @@ def opening(tokenizer):
 
 
 def token_id(tokenizer, text):
-    """The id of a text that is one token; an escape or the name of a special token counts as it."""
-    special = {EOT: tokenizer.eot}
-    if tokenizer.kind == "hf":
-        special = {text: tokenizer.bpe.token_to_id(text)}
-    if special.get(text) is not None:
-        return special[text]
+    r"""The id of `text`, one token. \n, \r and \t mean what they mean in Python; the
+    name of a special token means that token, and <|endoftext|> means eot."""
+    if text == EOT and tokenizer.eot is not None:
+        return tokenizer.eot
+    if tokenizer.kind == "hf" and text not in ESCAPES:
+        special = tokenizer.bpe.token_to_id(text)  # encode reads the name as plain text
+        if special is not None:
+            return special
     ids = tokenizer.encode(ESCAPES.get(text, text)).tolist()
     require(len(ids) == 1, f"{text!r} is {len(ids)} tokens, not one")
     return ids[0]

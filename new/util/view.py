@@ -13,7 +13,7 @@ LEGEND = (DIM, "proposed "), (GREEN, "drafted "), (YELLOW, "the GPT's own ")
 
 
 def printable(text):
-    """Text without the control characters that would move the cursor."""
+    """Text with a space for each control character but newlines: they could move the cursor."""
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", " ", text)
 
 
@@ -36,8 +36,9 @@ def wrap(styled, width):
 
 
 def pieces(step, row, decode, mask_id, least):
-    """(style, text) of the last tokens of a row, `least` or more, beginning at a multiple of it, so
-    that line breaks stay. (A character made of several tokens may show as a replacement sign.)"""
+    """(style, text) of the last tokens of a row, `least` or more. They begin at a multiple of it,
+    which changes seldom, and so do the line breaks. (A character made of several tokens may show
+    as a replacement sign.)"""
     begin = max(0, len(step.rows[row]) // least - 1) * least
     tokens = zip(step.kinds[row][begin:], step.rows[row][begin:], strict=True)
     for kind, group in groupby(tokens, key=lambda pair: pair[0]):
