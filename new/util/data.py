@@ -149,6 +149,7 @@ def token_id(tokenizer, text):
 
 def read_text(where):
     """The text of a file, or of standard input if -. UTF-8; line ends stay as they are."""
+    require(where != "-" or sys.stdin, "standard input is closed: give a text or FILE:path")
     try:
         if where == "-":
             return sys.stdin.buffer.read().decode("utf-8-sig")
