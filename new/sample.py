@@ -322,7 +322,7 @@ class Writer:
         self.step = Step(rows, [[PROMPT] * len(row) for row in rows], [[] for _ in rows])
         self.goal = [len(row) + max_new_tokens for row in rows]
         self.unfinished = set(range(B)) if max_new_tokens else set()
-        self.begin = [-1] * B  # of the windows that are cached
+        self.begin = [-1] * B  # where the window that is cached begins; -1: none is
         self.new_cache = partial(BlockCache, c, device=device, dtype=dtype)
         self.cache = self.new_cache(B)
         self.generator = torch.Generator(device).manual_seed(o.seed)
@@ -338,7 +338,7 @@ class Writer:
     def window(self, r):
         """(begin, end) of row r's window, in whole units of finished text."""
         N, unit = self.config.seq_len, self.config.unit
-        begin, end = 0, len(self.step.rows[r]) // unit * unit
+        begin, end = max(0, self.begin[r]), len(self.step.rows[r]) // unit * unit
         while end - begin >= N:
             begin += math.ceil(N / unit / 2) * unit
         return begin, end
@@ -360,7 +360,7 @@ class Writer:
             texts = [rows[r][self.begin[r] : self.begin[r] + lengths[r]] for r in moved]
             n, part = max(map(len, texts)), self.new_cache(len(moved))
             # zeros fill the shorter ones: they stand behind `length`, where no pass sees them
-            tokens = self.tensor([text + [0] * (n - len(text)) for text in texts])
+            tokens = self.tensor([(text + [0] * n)[:n] for text in texts])
             read(self.model, tokens, part, n)
             self.cache.k[:, moved], self.cache.v[:, moved] = part.k, part.v
         self.cache.length.copy_(self.tensor(lengths))
