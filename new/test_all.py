@@ -46,7 +46,6 @@ from corrupt import corrupt_all_blocks as all_blocks
 from corrupt import corrupt_target_block as target_block
 from model import CascadeConfig, CascadeLM, attention, clean_sees, noisy_sees
 from util import checkpoint, data, settings, view
-from util.hf import HFTokenizer
 from util.muon import Muon, orthogonalize
 from util.ngram import NGram
 
@@ -727,7 +726,7 @@ def test_tokenizers(folder):
         bpe.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
         bpe.decoder = hf.decoders.ByteLevel()
         bpe.add_special_tokens([data.EOT])
-        found.append(HFTokenizer(bpe.to_str(), 300))
+        found.append(data.HFTokenizer(bpe.to_str(), 300))
     except ImportError:
         skipped.append("hf (tokenizers is not installed)")
     for tokenizer in found:

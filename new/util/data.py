@@ -8,13 +8,21 @@
                           "chars": "..." of char, "json": tokenizer.json of hf}
 
 `write` makes one; meta.json comes last, so that a folder without it is no dataset. --dataset=NAME
-is the folder data/NAME, or $CASCADE_DATA/NAME; a name with a / in it is a path.
+is the folder data/NAME, or $CASCADE_DATA/NAME; a name with a / in it is a path. The scripts
+data/*/prepare.py need the second part of this file: `read_text`, `obtain`, `write`.
 """
 
+import gzip
+import hashlib
+import http.client
 import json
+import lzma
 import os
 import runpy
 import sys
+import tempfile
+import urllib.request
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,8 +34,9 @@ EOT = "<|endoftext|>"
 ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t"}  # as they are typed in a shell
 
 
-def data_root():
-    return Path(os.environ.get("CASCADE_DATA") or ROOT / "data").expanduser()
+def data_folder(name):
+    root = Path(os.environ.get("CASCADE_DATA") or ROOT / "data").expanduser()
+    return Path(name) if "/" in name else root / name
 
 
 @contextmanager
@@ -107,14 +116,47 @@ class GPT2Tokenizer:
         return {}
 
 
+class HFTokenizer:
+    """The text of a tokenizer.json. vocab_size may exceed the tokenizer's own: models pad."""
+
+    kind = "hf"
+
+    def __init__(self, text, vocab_size=0, eot=None):
+        try:
+            self.text, self.bpe = text, optional("tokenizers").Tokenizer.from_str(text)
+        except UserError:
+            raise
+        except Exception as e:  # what its parser raises has no other type
+            raise UserError(f"the tokenizer.json is damaged ({e}): use another") from None
+        self.bpe.encode_special_tokens = True  # their names in a text are text
+        self.vocab_size = vocab_size or self.bpe.get_vocab_size()
+        self.eot = self.bpe.token_to_id(EOT) if eot is None else eot
+
+    @classmethod
+    def from_folder(cls, folder):
+        """That of a model's folder: vocab_size and the end-of-text token as its config.json says,
+        which may name several."""
+        c, eot = read_json(folder, "config.json"), None
+        if c.get("eos_token_id") is not None:
+            eot = int(np.ravel(c["eos_token_id"])[0])
+        return cls(json.dumps(read_json(folder, "tokenizer.json")), c["vocab_size"], eot)
+
+    def encode(self, text):
+        return np.array(self.bpe.encode(text, add_special_tokens=False).ids, np.uint32)
+
+    def decode(self, ids):
+        return self.bpe.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def meta(self):
+        return {"json": self.text}
+
+
 def make_tokenizer(meta):
     """The tokenizer that a dataset's meta describes."""
     kind = meta["tokenizer"]
     if kind == "char":
         return CharTokenizer(meta["chars"])
     if kind == "hf":
-        from util.hf import HFTokenizer
-
         return HFTokenizer(meta["json"], meta["vocab_size"], meta["eot"])
     require(kind in ("byte", "gpt2"), f"unknown tokenizer {kind!r}: prepare the data again")
     return ByteTokenizer() if kind == "byte" else GPT2Tokenizer()
@@ -148,21 +190,60 @@ def token_id(tokenizer, text):
 
 
 def read_text(where):
-    """The text of a file, or of standard input if -. UTF-8; line ends stay as they are."""
+    """The text of a file, plain, .gz or .xz, or of standard input if -. UTF-8, with a byte order
+    mark or without; line ends stay as they are."""
     require(where != "-" or sys.stdin, "standard input is closed: give a text or FILE:path")
+    unpack = {".gz": gzip.open, ".xz": lzma.open}.get(Path(where).suffix, open)
     try:
         if where == "-":
-            return sys.stdin.buffer.read().decode("utf-8-sig")
-        return Path(where).expanduser().read_bytes().decode("utf-8-sig")
-    except OSError as e:
-        raise UserError(f"{where}: {e.strerror}; name a text file") from None
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
+        else:
+            with unpack(Path(where).expanduser(), "rb") as f:
+                text = f.read().decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise UserError(f"{where}: byte {e.start} is not UTF-8; convert it") from None
+        raise UserError(f"{where}: byte {e.start} is not UTF-8; convert the file, or leave "
+                        "it out") from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise UserError(f"{where}: {why}; name a text file") from None
+    require("\0" not in text, f"{where} is no text, it has zero bytes; leave it out")
+    return text
+
+
+def read_json(folder, name):
+    """An object in a file; UserError if there is none."""
+    try:
+        found = json.loads(Path(folder, name).read_text(encoding="utf-8"))
+        require(isinstance(found, dict), f"hf:{folder} has no object in its {name}")
+    except (OSError, ValueError) as e:
+        raise UserError(f"hf:{folder} has no readable {name} ({e}): give the folder of a Llama or "
+                        "Qwen3, as save_pretrained writes it") from None
+    return found
+
+
+def obtain(where, url):
+    """The bytes of a local file or, if that is empty, of a download."""
+    try:
+        if where:
+            return Path(where).read_bytes()
+        print(f"downloading {url}", flush=True)
+        with urllib.request.urlopen(url, timeout=60) as reply:
+            return reply.read()
+    except (OSError, http.client.HTTPException) as e:
+        raise UserError(f"{where or url}: {e}; give a local copy by --input=FILE") from None
+
+
+def verified(content, sha256, what):
+    """These bytes, if their hash is sha256."""
+    found = hashlib.sha256(content).hexdigest()
+    require(found == sha256, f"{what} is damaged or another file: its sha256 is {found}, and not "
+                             f"{sha256}; fetch it again")
+    return content
 
 
 def prepare_shipped(name):
     """Prepare the text that ships here, unless it is. Other datasets are the user's to prepare."""
-    if name == "shakespeare" and not (data_root() / name / "meta.json").exists():
+    if name == "shakespeare" and not (data_folder(name) / "meta.json").exists():
         print(f"data       {name} is not prepared yet: running its prepare.py", flush=True)
         script = runpy.run_path(str(ROOT / "data" / name / "prepare.py"))
         script["main"].__wrapped__([])  # without its guard: a mistake is the caller's to report
@@ -172,7 +253,7 @@ class Dataset:
     """A prepared folder: `meta`, `tokenizer()`, and `split(name)`, ids (tokens,) on disk."""
 
     def __init__(self, name, seq_len=1):
-        folder = Path(name) if "/" in name else data_root() / name
+        folder = data_folder(name)
         self.name, self.folder, self.splits = folder.name, folder, {}
         remedy = "the scripts data/*/prepare.py make them"
         require((folder / "meta.json").is_file(), f"no dataset in {folder}: {remedy}")
@@ -206,27 +287,38 @@ class Dataset:
         return self.meta["bytes"][split] / self.meta["tokens"][split]
 
 
-def write(folder, tokenizer, source, **splits):
-    """Write a dataset. splits: train and val, iterables of documents (str); each is followed by the
-    tokenizer's end-of-text, if it has one. Prints a line for each split."""
+def write(folder, tokenizer, source, at_most=None, **splits):
+    """Write a dataset; one that is there is replaced when all is written. splits: train and val,
+    iterables of documents (str); each is followed by the tokenizer's end-of-text, if it has one.
+    at_most, {split: tokens}: no document is begun after so many. Prints a line for each split."""
     folder, V = Path(folder), tokenizer.vocab_size
     dtype = "uint8" if V <= 2**8 else "uint16" if V <= 2**16 else "uint32"
     meta = {"tokenizer": tokenizer.kind, "vocab_size": V, "eot": tokenizer.eot, "dtype": dtype,
             "tokens": {}, "bytes": {}, "source": source, **tokenizer.meta()}
+    end = b"" if tokenizer.eot is None else np.array([tokenizer.eot], dtype).tobytes()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "meta.json").unlink(missing_ok=True)
+    with writing(folder), tempfile.TemporaryDirectory(dir=folder) as new:
         for split, documents in splits.items():
-            tokens = size = 0
-            with open(folder / f"{split}.bin", "wb") as f:
+            size = 0
+            with open(Path(new, f"{split}.bin"), "wb") as f:
                 for text in documents:
-                    ids = tokenizer.encode(text)
-                    if tokenizer.eot is not None:
-                        ids = np.append(ids, tokenizer.eot)
-                    f.write(ids.astype(dtype).tobytes())
-                    tokens, size = tokens + len(ids), size + len(text.encode())
+                    f.write(tokenizer.encode(text).astype(dtype).tobytes() + end)
+                    size += len(text.encode(errors="replace"))
+                    tokens = f.tell() // np.dtype(dtype).itemsize
+                    if at_most and tokens >= at_most[split]:
+                        break
+            require(size, f"there is no text for {split}: give more")
             meta["tokens"][split], meta["bytes"][split] = tokens, size
             print(f"{folder / split}.bin: {tokens:,} tokens of {V:,} kinds, {size:,} bytes of text")
-        temporary = folder / "meta.json.tmp"
-        temporary.write_text(json.dumps(meta), encoding="utf-8")
-        temporary.replace(folder / "meta.json")
+        Path(new, "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        (folder / "meta.json").unlink(missing_ok=True)
+        for name in (*(f"{split}.bin" for split in splits), "meta.json"):
+            Path(new, name).replace(folder / name)
+
+
+def write_characters(name, text, source):
+    """A dataset of one text by characters: its first 90 % train, the last 10 % validate."""
+    cut = len(text) * 9 // 10
+    write(data_folder(name), CharTokenizer("".join(sorted(set(text)))), source, train=[text[:cut]],
+          val=[text[cut:]])

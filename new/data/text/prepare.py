@@ -1,0 +1,105 @@
+"""Your own text: files and folders of UTF-8, plain, .gz or .xz.
+
+    python data/text/prepare.py FILE --name=mine                       by bytes: any text
+    python data/text/prepare.py FOLDER a.txt.gz --name=mine --tokenizer=gpt2
+    python data/text/prepare.py FILE --name=mine --tokenizer=hf:DIR    as a model of Hugging Face's
+
+Every file is a document, read once however often it is named; in folders, hidden files are left
+out. Validation takes whole files in a random order (always the same) while they fit into its share,
+and then the end of the largest file for what is missing. It gets VAL_CHARACTERS at least, or half
+of a shorter text.
+"""
+
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from util.data import (
+    ROOT,
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    HFTokenizer,
+    data_folder,
+    read_text,
+    write,
+)
+from util.settings import guarded, public, require, settings
+
+# ---- settings ------------------------------------------------------------------------------------
+name = ""  # the dataset: train.py --dataset=NAME
+tokenizer = "byte"  # byte, char, gpt2 or hf:DIR
+val = 0.1  # share of the characters that validate
+# --------------------------------------------------------------------------------------------------
+DEFAULTS = public(dict(globals()))
+VAL_CHARACTERS = 5000  # about 20 windows of 256
+
+
+def find_files(paths):
+    """The files among `paths` and in the folders among them, by their real path, sorted."""
+    files = set()
+    for path in map(Path, paths):
+        path = path.expanduser()
+        require(path.exists(), f"{path} does not exist: name a text file or a folder of them")
+        inside = path.rglob("*") if path.is_dir() else [path]
+        files |= {p.resolve() for p in inside if p.is_file() and not any(
+            part.startswith(".") for part in p.relative_to(path).parts)}
+    return sorted(files)
+
+
+def choose_validation(sizes, share):
+    """(files, file, n): what validates of texts of `sizes`, {file: characters}. Whole files, and
+    the last n characters of one file more."""
+    total, chosen = sum(sizes.values()), []
+    missing = max(total - int((1 - share) * total), min(VAL_CHARACTERS, total // 2))
+    for file in random.Random(0).sample(list(sizes), len(sizes)):
+        if sizes[file] <= missing:
+            chosen.append(file)
+            missing -= sizes[file]
+    return chosen, max(sizes.keys() - set(chosen), key=lambda file: (sizes[file], file)), missing
+
+
+def make_tokenizer(kind, characters):
+    if kind.startswith("hf:"):
+        return HFTokenizer.from_folder(kind.removeprefix("hf:"))
+    kinds = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer,
+             "char": lambda: CharTokenizer("".join(sorted(characters)))}
+    require(kind in kinds, f"--tokenizer must be {', '.join(kinds)} or hf:DIR, not {kind!r}")
+    return kinds[kind]()
+
+
+@guarded
+def main(argv):
+    paths = [arg for arg in argv if not arg.startswith("--")]
+    s, _ = settings(DEFAULTS, [arg for arg in argv if arg.startswith("--")])
+    require(paths and s.name, "say what to read and what to call it: prepare.py FILE --name=mine")
+    require(not (ROOT / "data" / s.name / "prepare.py").exists(),
+            f"data/{s.name} has a prepare.py of its own: choose another --name")
+    require(0 < s.val < 1, f"--val must be between 0 and 1, not {s.val}")
+    sizes, characters = {}, set()
+    for file in find_files(paths):  # all are read before anything is written
+        text = read_text(file)
+        sizes[file] = len(text)
+        characters |= set(text)
+    require(sum(sizes.values()) > 1, f"no text in {', '.join(paths)}")
+    encoder = make_tokenizer(s.tokenizer, characters)
+    chosen, cut, n = choose_validation(sizes, s.val)
+
+    def documents(validates):
+        for file in sizes:
+            text = read_text(file)
+            if file == cut:
+                text = text[len(text) - n :] if validates else text[: len(text) - n]
+            if text and (file == cut or (file in chosen) == validates):
+                yield text
+
+    print(f"{len(sizes)} files; {len(chosen)} of them and {n:,} characters of {cut} validate")
+    write(data_folder(s.name), encoder, " ".join(paths), train=documents(False),
+          val=documents(True))
+    print(f"next: python train.py config/nano.py --dataset={s.name} --out_dir=out/{s.name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
