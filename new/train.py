@@ -40,13 +40,14 @@ from util import checkpoint
 from util.data import Dataset, opening, prepare_shipped, writing
 from util.muon import Muon
 from util.settings import UserError, check, guarded, optional, public, require, settings
+from util.view import printable
 
 # ---- settings: each can be set in a config file or as --name=value -------------------------------
 # where
 out_dir = "out/train"
 dataset = "shakespeare"  # a folder of data/, prepared by its prepare.py
-init_from = "scratch"  # or "resume": go on from out_dir/last.pt; or another run's folder: start
-# from its weights, with its shape
+init_from = "scratch"  # or "resume": go on from out_dir/last.pt; or another run's folder, or
+# hf:DIR, a Llama or Qwen3 as Hugging Face keeps it: start from its weights, with its shape
 overwrite = False  # true: the first checkpoint replaces the run that out_dir holds
 seed = 1337
 # the model: see model.CascadeConfig
@@ -264,7 +265,7 @@ def say_sample(model, data, tokens, ar):
         return
     start, mode = opening(tokenizer), "gpt" if ar else "auto"
     *_, step = sample.generate_stream(model, [start], tokens, mode=mode)
-    print(f"\n{tokenizer.decode(step.rows[0][len(start) :])}\n\n{step}")
+    print(f"\n{printable(tokenizer.decode(step.rows[0][len(start) :]))}\n\n{step}")
 
 
 def train(s, given=()):

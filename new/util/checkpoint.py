@@ -102,8 +102,13 @@ def starting_point(s, given, defaults):
     if s.init_from == "scratch":
         return None
     require(not resume or last.exists(), f"there is no {last}: leave --init_from=resume out")
-    path = last if resume else find(s.init_from)
-    start = load(path)
+    if s.init_from.startswith("hf:"):
+        from util import hf  # which imports this file
+
+        path, start = s.init_from, hf.read_folder(s.init_from.removeprefix("hf:"), s.seq_len)
+    else:
+        path = last if resume else find(s.init_from)
+        start = load(path)
     theirs = defaults | start["settings"]
     if resume:
         copied = defaults.keys() - {"out_dir", "init_from", "overwrite"}
