@@ -509,6 +509,11 @@ def generate(model, prompts, max_new_tokens, stop_token=None, **options):
 # ---- the command ---------------------------------------------------------------------------------
 
 
+def decoding_dtype(name, device):
+    """The dtype that a setting stands for. On a CPU bfloat16 makes a small model no faster."""
+    return "float32" if (name, device) == ("auto", "cpu") else choose_dtype(name, device)[0]
+
+
 @guarded
 def main(argv):
     s, _ = settings(DEFAULTS, argv)
@@ -519,9 +524,7 @@ def main(argv):
     if state["settings"]["draft_weight"] == 0:
         check(s, {"mode": ("auto", "gpt")}, {}, {})  # a GPT: it cannot draft
         s.mode = "gpt"
-    if s.dtype == "auto" and device == "cpu":
-        s.dtype = "float32"  # on a CPU bfloat16 makes a small model no faster
-    s.dtype, _ = choose_dtype(s.dtype, device)
+    s.dtype = decoding_dtype(s.dtype, device)
     tokenizer, text = make_tokenizer(state["meta"]), s.prompt
     if text == "-" or text.startswith("FILE:"):
         text = read_text(text.removeprefix("FILE:"))
