@@ -88,7 +88,7 @@ def product(device, dtype):
 
 def bench_train(argv):
     s, _ = settings(TRAIN, argv)
-    check(s, {}, {"rounds": 1, "steps": 1}, {})
+    check(s, least={"rounds": 1, "steps": 1})
     device = choose_device(s.device)
     dtype, why = choose_dtype(s.dtype, device)
     contestants = {"this run": {}, "as a GPT": AR}
@@ -161,7 +161,7 @@ def contestants(model, state, data, windows):
 
 def bench_decode(argv):
     s, _ = settings(DECODE, argv)
-    check(s, {}, {"tokens": 1, "rounds": 1, "windows": 2, "temperature": 0}, {})
+    check(s, least={"tokens": 1, "rounds": 1, "windows": 2})
     device = choose_device(s.device)
     dtype = sample.decoding_dtype(s.dtype, device)
     model, state = checkpoint.load_model(s.out_dir, device)

@@ -51,7 +51,6 @@ batch = 16  # windows in a pass
 device = "auto"
 # --------------------------------------------------------------------------------------------------
 DEFAULTS = public(dict(globals()))
-LEAST = {"windows": 0, "rule_windows": 1, "ngram": 0, "batch": 1}
 NGRAM_TOKENS = 10**7  # it counts no more of the training text: its tables stay in memory
 
 
@@ -231,7 +230,7 @@ def table_rows(figures, bytes_per_token):
 @guarded
 def main(argv):
     s, _ = settings(DEFAULTS, argv)
-    check(s, {}, LEAST, {})
+    check(s, least={"rule_windows": 1, "batch": 1})
     model, state = checkpoint.load_model(s.out_dir, choose_device(s.device))
     c, S, ar = model.config, model.config.block_size, state["settings"]["draft_weight"] == 0
     data = Dataset(s.dataset or state["settings"]["dataset"], c.seq_len)

@@ -458,25 +458,22 @@ def resolve(config, given):
     unknown = ", ".join(given.keys() - OPTIONS)
     require(not unknown, f"unknown option {unknown}; known are {', '.join(OPTIONS)}, stop_token")
     o = SimpleNamespace(**{name: DEFAULTS[name] for name in OPTIONS} | given)
-    S, modes = config.block_size, ["block"]
-    if config.context == "causal":
-        modes = ["verify", "gpt", "block"] if S > 1 else ["gpt", "block"]
+    S, block, modes = config.block_size, config.context == "block", ["gpt", "block"]
+    if block:
+        modes = ["block"]
+    elif S > 1:
+        modes = ["verify", "gpt", "block"]
     check(o, {"mode": ["auto", *modes], "rule": RULES},
-          dict.fromkeys(("drafts", "temperature", "top_k", "top_p", "passes", "limit", "seed"), 0),
-          {"drafts": S - 1, "top_p": 1, "passes": S, "seed": 2**63 - 1})
+          most={"drafts": S - 1, "top_p": 1, "passes": S, "seed": 2**63 - 1})
     if o.mode == "auto":
         o.mode = modes[0]
-    block = config.context == "block"
-    for right, message in (
-        (o.top_p > 0, "top_p must be above 0"),
-        (o.drafts == 0 or o.mode == "verify", "drafts are for mode verify: leave them out"),
-        (block or o.rule == "confidence", "a rule is for context=block: leave it out"),
-        (o.passes == 0 or (block and o.rule not in LIMITS),
-         "passes are for context=block, and not for adaptive rules: leave them out"),
-        (o.limit == 0 or o.rule in LIMITS, f"rule {o.rule} has no limit: leave it out"),
-        (block or config.seq_len > 1, "seq_len 1 has no place for a context"),
-    ):
-        require(right, message)
+    adaptive = o.rule in LIMITS
+    for name, used in (("drafts", o.mode == "verify"), ("rule", block), ("limit", adaptive),
+                       ("passes", block and not adaptive)):
+        require(used or getattr(o, name) == DEFAULTS[name], f"{name} would be ignored in mode "
+                f"{o.mode} with context={config.context} and rule={o.rule}: leave it out")
+    require(o.top_p > 0, "top_p must be above 0")
+    require(block or config.seq_len > 1, "seq_len 1 has no place for a context")
     o.drafts = o.drafts or S - 1
     o.limit = o.limit or LIMITS.get(o.rule, 0.0)
     return o
@@ -517,12 +514,11 @@ def decoding_dtype(name, device):
 @guarded
 def main(argv):
     s, _ = settings(DEFAULTS, argv)
-    check(s, {"dtype": ("auto", "float32", "bfloat16")}, {"num_samples": 1, "delay": 0},
-          {"delay": 3600})
+    check(s, {"dtype": ("auto", "float32", "bfloat16")}, {"num_samples": 1}, {"delay": 3600})
     device = choose_device(s.device)
     model, state = checkpoint.load_model(s.out_dir, device)
     if state["settings"]["draft_weight"] == 0:
-        check(s, {"mode": ("auto", "gpt")}, {}, {})  # a GPT: it cannot draft
+        check(s, {"mode": ("auto", "gpt")})  # a GPT: it cannot draft
         s.mode = "gpt"
     s.dtype = decoding_dtype(s.dtype, device)
     tokenizer, text = make_tokenizer(state["meta"]), s.prompt

@@ -112,9 +112,6 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"), "compile": ("auto", "true", "false"),
 }
 LEAST = dict.fromkeys("batch_size log_every eval_every eval_windows final_windows".split(), 1)
-LEAST |= dict.fromkeys("draft_weight soft max_steps max_minutes micro_batch learning_rate muon_lr "
-                       "weight_decay beta1 beta2 grad_clip warmup_steps final_lr sample_tokens "
-                       "seed".split(), 0)
 MOST = {"soft": 1, "beta1": 0.9999, "beta2": 0.9999, "seed": 2**32, "batch_size": 2**24}
 # log.csv: gpt, draft and bound are the terms of the loss, with soft targets; val_ are plain NLLs
 COLUMNS = ("step", "seconds", "gpt", "draft", "bound", "val_gpt", "val_draft", "val_bound",

@@ -83,7 +83,7 @@ def draw(pictures, s):
 @guarded
 def main(argv):
     s, _ = settings(DEFAULTS, argv)
-    check(s, {}, {"columns": 20, "frame_ms": 1, "hold_ms": 1}, {})
+    check(s, least={"columns": 20, "frame_ms": 1, "hold_ms": 1})
     with writing(s.svg):
         Path(s.svg).write_text(draw(list(frames(s)), s), encoding="utf-8")
     print(f"{s.svg}: {Path(s.svg).stat().st_size / 1024:.0f} kB")

@@ -89,13 +89,16 @@ def settings(defaults, argv):
     return SimpleNamespace(**s), given
 
 
-def check(s, choices, least, most):
-    """UserError unless settings are among their `choices`, not below `least`, not above `most`."""
+def check(s, choices=(), least=(), most=()):
+    """UserError unless settings are among their `choices`, not below `least`, which is 0 of all
+    other numbers, and not above `most`: {name: value or values} each."""
+    choices, most = dict(choices), dict(most)
+    numbers = {name: 0 for name, value in vars(s).items() if type(value) in (int, float)}
     for name, allowed in choices.items():
         setattr(s, name, getattr(s, name).lower())
         require(getattr(s, name) in allowed,
                 f"--{name} must be {' or '.join(allowed)}, not {getattr(s, name)!r}")
-    for name, low in least.items():
+    for name, low in (numbers | dict(least)).items():
         require(getattr(s, name) >= low, f"--{name} must be {low} or more, not {getattr(s, name)}")
     for name, top in most.items():
         require(getattr(s, name) <= top, f"--{name} must be {top} or less, not {getattr(s, name)}")
