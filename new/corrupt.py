@@ -55,18 +55,15 @@ class Noisy(NamedTuple):
 
 def masked_diffusion_loss(nll, weight, num_blocks):
     """sum_i weight_i * nll_i / num_blocks: the loss in nats per token, of masked tokens (M,).
-
-    num_blocks: target blocks in the global batch, over all processes and micro-batches, so that how
-    it is shared out changes nothing. The number of masked tokens is in the weights already.
-    """
+    num_blocks: target blocks in the global batch, so that how it is shared out changes nothing."""
     require(nll.shape == weight.shape, f"{tuple(nll.shape)} NLLs, {tuple(weight.shape)} weights")
     return (nll * weight).sum() / num_blocks
 
 
 # ---- schedules of the noise ----------------------------------------------------------------------
 # (u, score, rates) -> (m, k, weight), each (...), of a block: its mask rate; how many of its tokens
-# will be masked; the weight of each. u (...) in [0, 1) is the block's random number, stratified
-# over the batch; score (..., S) in [0, 1) has one for each token.
+# are masked; the weight of each. u (...) and score (..., S) are random numbers in [0, 1): of the
+# block, stratified over the batch, and of its tokens.
 
 
 def balanced(u, score, rates):
@@ -101,10 +98,9 @@ RATES = Rates()
 def block_strata(batch, nb, S, generator):
     """(batch, nb) float64: u of each block, one from each of n equal parts of [0, 1).
 
-    n is the number of blocks of a group: as few sequences as have a multiple of S blocks together,
-    for then `balanced` gives every k equally often. Sequences left over are a group of their own.
-    The parts are permuted, so that a block's noise is not tied to its place in the sequence.
-    """
+    n is the number of blocks of a group: the fewest sequences that have a multiple of S blocks, for
+    then `balanced` gives every k equally often. Those left over are a group of their own. The parts
+    are permuted, so that a block's noise is not tied to its place in the sequence."""
     group = S // gcd(S, nb)
     u = []
     for first in range(0, batch, group):
@@ -117,14 +113,13 @@ def block_strata(batch, nb, S, generator):
 def draw_masks(batch, nb, S, generator, noise, rates, weighting, nonempty=False):
     """mask (B, nb, S) bool, weight (B, nb, S) and m (B, nb), float64, of nb blocks a sequence.
 
-    nonempty: where k = 0, a k > 0 in its place, as if drawn until it is not 0. A mask at rate m is
-    not empty with probability 1 - (1-m)^S: the bound's weight becomes (1 - (1-m)^S) / (m S).
+    nonempty: as if drawn until k is not 0. A mask at rate m is not empty with probability
+    1 - (1-m)^S: the bound's weight becomes (1 - (1-m)^S) / (m S).
 
     weighting: "elbo", the bound's, as above; or "cascade", of CASCADE's Phase 1 note, which is
     (1/m) * mean over the masked. That is NOT the bound: the mean divides by k, about m S, and 1/m
     stands outside of it. So nearly clean blocks count 1/m times too much, and the expectation grows
-    like log(1 / m_min).
-    """
+    like log(1 / m_min)."""
     require(noise in SCHEDULES, f"noise must be one of {', '.join(SCHEDULES)}, not {noise!r}")
     require(weighting in WEIGHTINGS, f"weighting must be elbo or cascade, not {weighting!r}")
     require(0 < rates.m_min <= 1 and 0 < rates.clip_low <= rates.clip_high <= 1,
@@ -143,9 +138,8 @@ def draw_masks(batch, nb, S, generator, noise, rates, weighting, nonempty=False)
     return mask, torch.where(mask, weight.unsqueeze(-1), 0.0), m
 
 
-def corrupt_all_blocks(
-    x0, block_size, mask_id, generator, noise="balanced", rates=RATES, weighting="elbo"
-):
+def corrupt_all_blocks(x0, block_size, mask_id, generator, noise="balanced", rates=RATES,
+                       weighting="elbo"):
     """Mask every block of every sequence: x0 (B, N) int64 on the CPU -> `Noisy` with T = nb. Raises
     ValueError for an unknown name, rates outside of (0, 1], and S that does not divide N."""
     B, nb = len(x0), count_blocks(x0.shape[1], block_size)
@@ -154,9 +148,8 @@ def corrupt_all_blocks(
     return Noisy(x0.masked_fill(mask, mask_id), mask, weight, torch.arange(nb).expand(B, nb), m)
 
 
-def corrupt_target_block(
-    x0, block_size, mask_id, generator, noise="uniform", rates=RATES, weighting="elbo"
-):
+def corrupt_target_block(x0, block_size, mask_id, generator, noise="uniform", rates=RATES,
+                         weighting="elbo"):
     """One target block b per example, drawn uniformly: the form of CASCADE's Phase 1 note. Tokens
     of block b are masked at a rate m, at least one of them; blocks < b stay clean; blocks > b are
     masked completely. The loss is over the masked positions of block b alone.

@@ -255,12 +255,10 @@ def left_tokens(x0, window, mask_id):
 
 
 class NLLs(NamedTuple):
-    """-log p in nats, not yet weighted; cross-entropies against soft targets p. None: not there."""
+    """-log p in nats, not yet weighted, or what soft targets make of it; None: not there."""
 
     gpt: torch.Tensor | None = None  # (B, N - 1), of tokens 1.. of each sequence, by the GPT level
     masked: torch.Tensor | None = None  # (M,), of tokens at index; with a local head, draft NLL
-    gpt_soft: torch.Tensor | None = None  # (B, N - 1), as gpt, against a teacher's p
-    masked_soft: torch.Tensor | None = None  # (M,), as masked, against p; token 0 keeps its -log p
 
 
 class CascadeLM(nn.Module):
@@ -353,37 +351,37 @@ class CascadeLM(nn.Module):
         i + 1 with context="causal", of token i with context="block"."""
         return self.logits(self.streams(tokens))
 
-    def forward(self, x0, xt=None, index=None, teacher=None, own_p=False):
-        """The `NLLs` of a batch: x0, xt (B, N) int64, index (M,) int64; x0 alone for AR. Soft
-        targets p, without a gradient: of a teacher's GPT level, for both levels; else, if own_p, of
-        this model's own, for the masked tokens."""
+    def forward(self, x0, xt=None, index=None, soft=0.0, teacher=None):
+        """The `NLLs` of a batch: x0, xt (B, N) int64, index (M,) int64; x0 alone for AR.
+
+        soft: this share of each is instead a cross-entropy against p, without a gradient: that of a
+        teacher's GPT level, for both levels; without a teacher this model's own, for the masked
+        tokens. Of token 0 of a sequence there is no p."""
         c, head, gpt_level = self.config, self.head_weight(), self.config.context == "causal"
         require(gpt_level or xt is not None, "context=block only denoises: it needs xt")
-        require(gpt_level or (teacher is None and not own_p), "context=block has no soft targets")
+        require(gpt_level or soft == 0, "context=block has no soft targets")
         indexed = index is not None and index.dtype == torch.int64
         require(xt is None or indexed, "xt needs an int64 index")
         if not gpt_level:  # of the batch of 2B the last B sequences alone have a loss
             h = self.norm(self.streams(x0, xt, index + x0.numel()))
-            return NLLs(masked=head_nll(h, head, x0.flatten()[index])[0])
+            return NLLs(masked=head_nll(h, head, x0.flatten()[index]))
 
-        h, teacher_h, teacher_head = self.streams(x0, xt), None, None
+        h, share = self.streams(x0, xt), None
         before = self.norm(h[: len(x0), :-1])  # (B, N - 1, C), what predicts tokens 1..
+        teacher_h, teacher_head = before, head
         if teacher is not None:
             teacher_h, teacher_head = teacher.next_token_states(x0)
-        gpt, gpt_soft = head_nll(before, head, x0[:, 1:], teacher_h, teacher_head)
+            share = torch.full(teacher_h.shape[:2], soft, device=h.device)
+        gpt = head_nll(before, head, x0[:, 1:], share, teacher_h, teacher_head)
         if xt is None:
-            return NLLs(gpt, gpt_soft=gpt_soft)
-        if own_p and teacher is None:
-            teacher_h, teacher_head = before, head
-        if teacher_h is not None:  # moved on by one, so that the p of token i is at i
+            return NLLs(gpt)
+        if soft > 0:  # the p of token i, moved to i
             teacher_h = F.pad(teacher_h, (0, 0, 1, 0)).flatten(0, 1)[index]
+            share = torch.where(index % x0.shape[1] == 0, 0.0, soft)
         h, targets = h[len(x0) :].flatten(0, 1)[index], x0.flatten()[index]
         if self.local is not None:  # all left tokens are shown: teacher forcing
             h = self.local(h, left_tokens(x0, c.local_window, c.mask_id).flatten(0, 1)[index])
-        masked, masked_soft = head_nll(self.norm(h), head, targets, teacher_h, teacher_head)
-        if teacher_h is not None:
-            masked_soft = torch.where(index % x0.shape[1] == 0, masked, masked_soft)
-        return NLLs(gpt, masked, gpt_soft, masked_soft)
+        return NLLs(gpt, head_nll(self.norm(h), head, targets, share, teacher_h, teacher_head))
 
     @torch.no_grad()
     def next_token_states(self, x0):
@@ -392,29 +390,29 @@ class CascadeLM(nn.Module):
         return self.norm(self.streams(x0)[:, :-1]), self.head_weight()
 
 
-def head_nll(h, head, targets, teacher_h=None, teacher_head=None, most=2**25):
-    """-log q[targets] for q = softmax(h head^T), and the cross-entropy of q against the constant
-    p = softmax(teacher_h teacher_head^T), or None: float32, the shape of targets (...) int64.
+def head_nll(h, head, targets, soft=None, teacher_h=None, teacher_head=None, most=2**25):
+    """nll = -log q[targets] for q = softmax(h head^T); or (1 - soft) * nll + soft * ce, where ce is
+    the cross-entropy of q against the constant p = softmax(teacher_h teacher_head^T).
 
-    h (..., C), head (V, C); the teacher's have a C of their own. More logits than `most`, 134 MB,
-    are made in pieces, and anew for the gradient."""
+    h (..., C), head (V, C), targets and soft (...), the teacher's with a C of their own -> float32
+    (...). More logits than `most`, 134 MB, are made in pieces, and anew for the gradient."""
 
-    def piece(h, targets, teacher_h):
+    def piece(h, targets, soft, teacher_h):
         log_q = at_least_float32(F.linear(h, head)).log_softmax(dim=-1)
         nll = -log_q.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        if teacher_h is None:
-            return nll, None
+        if soft is None:
+            return nll
         with torch.no_grad():
             p = at_least_float32(F.linear(teacher_h, teacher_head)).softmax(dim=-1)
-        return nll, -(p * log_q).sum(dim=-1)
+        return (1 - soft) * nll - soft * (p * log_q).sum(dim=-1)
 
     size = max(1, most // len(head))
     if targets.numel() <= size:
-        return piece(h, targets, teacher_h)
+        return piece(h, targets, soft, teacher_h)
     hs, ts = h.flatten(0, -2).split(size), targets.flatten().split(size)
-    ps = [None] * len(hs) if teacher_h is None else teacher_h.flatten(0, -2).split(size)
+    shares = teachers = [None] * len(hs)
+    if soft is not None:
+        shares, teachers = soft.flatten().split(size), teacher_h.flatten(0, -2).split(size)
     again = partial(checkpoint, piece, use_reentrant=False, preserve_rng_state=False)
-    found = [again(*each) for each in zip(hs, ts, ps, strict=True)]
-    nll, soft = zip(*found, strict=True)
-    soft = None if teacher_h is None else torch.cat(soft).view(targets.shape)
-    return torch.cat(nll).view(targets.shape), soft
+    found = [again(*each) for each in zip(hs, ts, shares, teachers, strict=True)]
+    return torch.cat(found).view(targets.shape)

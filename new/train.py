@@ -14,8 +14,6 @@ learning rate follows the clock, which no seed repeats.
 """
 
 import math
-import os
-import shlex
 import sys
 import time
 from contextlib import nullcontext
@@ -39,7 +37,7 @@ from model import CascadeConfig, CascadeLM
 from util import checkpoint
 from util.data import Dataset, opening, prepare_shipped, writing
 from util.muon import Muon
-from util.settings import UserError, check, guarded, optional, public, require, settings
+from util.settings import check, guarded, optional, public, require, settings
 from util.view import printable
 
 # ---- settings: each can be set in a config file or as --name=value -------------------------------
@@ -167,20 +165,15 @@ def loss_weights(s):
 def loss_terms(s, nlls, weight, num_blocks):
     """The terms in the order of loss_weights, (1,) or (2,), in nats per token: this micro-batch's
     share of means over the global batch. nlls: model.NLLs."""
-
-    def mixed(nll, cross_entropy):
-        return nll if cross_entropy is None else (1 - s.soft) * nll + s.soft * cross_entropy
-
     terms = []
     if nlls.gpt is not None:
-        terms.append(mixed(nlls.gpt, nlls.gpt_soft).sum() / (s.batch_size * (s.seq_len - 1)))
+        terms.append(nlls.gpt.sum() / (s.batch_size * (s.seq_len - 1)))
     if nlls.masked is not None:
-        nll = mixed(nlls.masked, nlls.masked_soft)
-        terms.append(corrupt.masked_diffusion_loss(nll, weight, num_blocks))
+        terms.append(corrupt.masked_diffusion_loss(nlls.masked, weight, num_blocks))
     return torch.stack(terms)
 
 
-# ---- optimizers and speed ------------------------------------------------------------------------
+# ---- optimizers ----------------------------------------------------------------------------------
 
 
 def make_optimizers(model, s):
@@ -203,21 +196,6 @@ def make_optimizers(model, s):
                   for name, params in matrices.items()]
         optimizers.append(Muon(groups, s.muon_lr, s.weight_decay))
     return optimizers
-
-
-def step_flops(model, s):
-    """FLOPs of a step, as nanoGPT counts them: 6 for each weight that a token passes through, and
-    12 H D N a layer for attention. Clean tokens pass through the layers and, where they are causal,
-    the head; noisy ones, as if all were masked, through the layers, the local head and the head."""
-    c, head = model.config, model.head_weight().numel()
-    attention = 12 * c.n_layer * c.n_head * c.head_dim * c.seq_len
-    layers = sum(p.numel() for p in model.layers.parameters())
-    local = sum(p.numel() for p in model.local.mlp.parameters()) if model.local else 0
-    clean = 6 * layers + attention
-    if c.context == "causal":
-        clean += 6 * head
-    noisy = 6 * (layers + local + head) + attention if s.draft_weight else 0
-    return s.batch_size * c.seq_len * (clean + noisy)
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -246,25 +224,6 @@ def log_line(s, row, now, weights, used):
             f"{row['tokens_per_second']:7,.0f} tok/s{mfu} | eta {left:.1f}m")
 
 
-def resume_command(s):
-    """The shell command that goes on with a run, by torchrun if it was."""
-    world = os.environ.get("LOCAL_WORLD_SIZE")
-    start = ["torchrun", f"--nproc_per_node={world}"] if world else ["python"]
-    return shlex.join([*start, sys.argv[0], f"--out_dir={s.out_dir}", "--init_from=resume"])
-
-
-def say_sample(model, data, tokens, ar):
-    """Print a text, written with sample.py's defaults, and how many passes it took."""
-    try:
-        tokenizer = data.tokenizer()
-    except UserError as e:  # the run is finished and saved: this must not make it fail
-        print(f"\nno sample: {e}")
-        return
-    start, mode = opening(tokenizer), "gpt" if ar else "auto"
-    *_, step = sample.generate_stream(model, [start], tokens, mode=mode)
-    print(f"\n{printable(tokenizer.decode(step.rows[0][len(start) :]))}\n\n{step}")
-
-
 def train(s, given=()):
     """Train by settings s, of which the user chose those `given`. Returns an exit code."""
     processes = machine.Processes()
@@ -276,10 +235,11 @@ def train(s, given=()):
         check(s, CHOICES, LEAST, MOST)
         require(s.max_steps or s.max_minutes,
                 "set --max_steps or --max_minutes: the learning rate falls towards an end")
-        asked = public(vars(s))  # to be saved; the batch may be raised below
+        require(s.batch_size % world == 0,
+                f"--batch_size={s.batch_size} is no multiple of the {world} processes")
         resumed, ar = s.init_from == "resume", s.draft_weight == 0
         device = machine.choose_device(s.device, processes.local_rank, world)
-        wandb = optional("wandb") if s.wandb else None
+        wandb = optional("wandb") if s.wandb and processes.main else None
         if processes.main:
             prepare_shipped(s.dataset)
     with processes.together():
@@ -301,16 +261,16 @@ def train(s, given=()):
                     f"{s.teacher} cannot teach: it needs context=causal and this seq_len or more")
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
+        samples = s.sample_tokens and processes.main
+        tokenizer = data.tokenizer() if samples else None  # now: later it might lack a package
     on_cuda = device != "cpu"
     dtype, why = machine.choose_dtype(s.dtype, device)
     compiled = s.compile == "true" or (s.compile == "auto" and on_cuda)
     flex = on_cuda and compiled and config.head_dim >= 16  # its kernels start at 16
-    s.batch_size = math.ceil(s.batch_size / world) * world
 
     # ---- model and optimizers
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
-    machine.keep_memory()
     model = CascadeLM(config, "flex" if flex else "sdpa").to(device)
     optimizers, origin = make_optimizers(model, s), "fresh weights"
     # what is saved beside weights and optimizers: seconds of training with its validations; figures
@@ -323,8 +283,6 @@ def train(s, given=()):
             optimizer.load_state_dict(state)
         vars(now).update((name, start[name]) for name in vars(now))
         now.final, origin = None, f"step {now.step} of {s.out_dir}"
-        if s.eval_windows != start["settings"]["eval_windows"]:
-            now.best = math.inf  # of other windows: not to be compared
     elif start:
         new = checkpoint.take_weights(model, start["model"])
         origin = f"weights of {s.init_from}; fresh: {', '.join(new) or 'none'}"
@@ -334,8 +292,7 @@ def train(s, given=()):
         wrapped = DistributedDataParallel(wrapped, devices, broadcast_buffers=False)
     weights, tokens, val = loss_weights(s), data.split("train"), data.split("val")
     term_weights = torch.tensor([*weights.values()], device=device)
-    own_p = s.soft > 0 and not s.teacher and not ar  # the GPT level teaches the drafts
-    flops, peak = step_flops(model, s) / world, machine.peak_flops(device, dtype)
+    flops, peak = machine.step_flops(model, s) / world, machine.peak_flops(device, dtype)
 
     # ---- what will run, and why
     name = torch.cuda.get_device_name(device) if on_cuda else device
@@ -345,14 +302,12 @@ def train(s, given=()):
         f"{'compiled' if compiled else 'not compiled: that pays on a GPU'}")
     say(f"data       {data.name}: {len(tokens):,} train and {len(val):,} validation tokens")
     say(f"model      {sum(p.numel() for p in model.parameters()):,} parameters, {origin}")
-    raised = f", raised from {asked['batch_size']} to a multiple of the processes"
-    say(f"step       {s.batch_size} sequences of {s.seq_len} tokens"
-        f"{raised if s.batch_size > asked['batch_size'] else ''}")
+    say(f"step       {s.batch_size} sequences of {s.seq_len} tokens")
     say("loss       " + " + ".join(f"{weight:g} {name}" for name, weight in weights.items()))
     if not on_cuda and not start and not {"n_layer", "n_embd"} & set(given):
         say("note       these are the sizes for a GPU; for a CPU: python train.py config/nano.py")
-    if wandb and processes.main:
-        wandb.init(project="cascade", name=s.out_dir, config=asked)
+    if wandb:
+        wandb.init(project="cascade", name=s.out_dir, config=public(vars(s)))
 
     def evaluate(windows):
         x0 = eval.cut_windows(val, s.seq_len, windows)
@@ -370,7 +325,7 @@ def train(s, given=()):
     def save():  # last.pt and log.csv; best.pt if this step is the best, or none was validated yet
         finite = all(bool(w.isfinite().all()) for w in model.state_dict().values())
         require_finite("a weight", finite, now.step)
-        state = {"config": asdict(config), "settings": asked, "meta": data.meta,
+        state = {"config": asdict(config), "settings": public(vars(s)), "meta": data.meta,
                  "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
         with processes.together(), writing(s.out_dir):
             if processes.main:
@@ -398,7 +353,7 @@ def train(s, given=()):
                 hold = world > 1 and i < len(batches) - 1
                 with wrapped.no_sync() if hold else nullcontext():
                     with machine.autocast(device, dtype):
-                        nlls = wrapped(batch.x0, batch.xt, batch.index, teacher, own_p)
+                        nlls = wrapped(batch.x0, batch.xt, batch.index, s.soft, teacher)
                         terms = loss_terms(s, nlls, batch.weight, num_blocks)
                     # DDP takes the mean over processes; these are shares of a global mean
                     (terms @ term_weights * world).backward()
@@ -429,7 +384,7 @@ def train(s, given=()):
                 if now.figures["acceptance"]:
                     row["tokens_a_round"] = eval.tokens_a_round(now.figures["acceptance"])
             now.log.append(",".join(f"{row[c]:.8g}" if c in row else "" for c in COLUMNS))
-            if wandb and processes.main:
+            if wandb:
                 wandb.log(row, step=now.step)
             if validates or stopped:
                 save()
@@ -439,7 +394,7 @@ def train(s, given=()):
 
     # ---- the end: figures in float32, as eval.py has them
     if stopped:
-        say(f"stopped at step {now.step}, saved; go on with\n  {resume_command(s)}")
+        say(f"stopped at step {now.step}, saved; go on with\n  {machine.resume_command(s.out_dir)}")
         return 128 + int(stopped)
     found = evaluate(s.final_windows)
     now.final = found._asdict()
@@ -449,8 +404,10 @@ def train(s, given=()):
         f"of {min(s.final_windows, len(val) // s.seq_len)} windows of {s.seq_len}\n{eval.HEAD}")
     for line in eval.table_rows(found, data.bytes_per_token("val")):
         say(line)
-    if s.sample_tokens and processes.main:
-        say_sample(model, data, s.sample_tokens, ar)
+    if samples:
+        begin, mode = opening(tokenizer), "gpt" if ar else "auto"
+        *_, step = sample.generate_stream(model, [begin], s.sample_tokens, mode=mode)
+        say(f"\n{printable(tokenizer.decode(step.rows[0][len(begin) :]))}\n\n{step}")
     say(f"\nthis is {out}/last.pt; best.pt, which the others take, is of step {now.best_step}\n"
         f"next: python sample.py --out_dir={out}\n      python eval.py --out_dir={out}")
     return 0

@@ -9,6 +9,7 @@
 They hold no code: torch.load(weights_only=True) reads them.
 """
 
+import io
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -23,7 +24,7 @@ FORMAT = 2
 # a resumed run may be given another budget, other reports, another machine; not other mathematics
 RESUME_MAY_CHANGE = set(
     "out_dir init_from overwrite dataset teacher max_steps max_minutes micro_batch log_every "
-    "eval_every eval_windows final_windows sample_tokens wandb device dtype compile".split())
+    "eval_every final_windows sample_tokens wandb device dtype compile".split())
 # of another run's settings: those that its weights determine, and those that are its method
 FIXED_BY_WEIGHTS = set("n_layer n_head n_kv_head n_embd n_hidden tie_embeddings qk_norm".split())
 METHOD = set("soft noise corruption weighting m_min clip_low clip_high".split())
@@ -31,20 +32,14 @@ METHOD = set("soft noise corruption weighting m_min clip_low clip_high".split())
 
 def save(path, state):
     """Write `state` so that `path` always holds a complete checkpoint, the old one or the new."""
-    temporary = Path(f"{path}.tmp")
-    try:
-        with writing(path):
-            with open(temporary, "wb") as f:
-                try:
-                    torch.save({"format": FORMAT, **state}, f)
-                except RuntimeError as e:  # that is what torch makes of a full disk
-                    raise OSError(str(e).partition("\n")[0]) from None
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-    except UserError:
-        temporary.unlink(missing_ok=True)
-        raise
+    buffer = io.BytesIO()  # torch.save itself makes a RuntimeError of a full disk
+    torch.save({"format": FORMAT, **state}, buffer)
+    with writing(path):
+        with open(f"{path}.tmp", "wb") as f:
+            f.write(buffer.getbuffer())
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.tmp", path)
 
 
 def find(where):

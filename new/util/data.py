@@ -51,7 +51,7 @@ def writing(path):
 
 # ---- tokenizers ----------------------------------------------------------------------------------
 # encode(str) -> (n,) ids, decode(ids) -> str, vocab_size, eot (the id that ends documents, or None)
-# and meta(): what make_tokenizer needs beside these.
+# and meta: what make_tokenizer needs beside these.
 
 
 class CharTokenizer:
@@ -60,7 +60,7 @@ class CharTokenizer:
     kind, eot = "char", None
 
     def __init__(self, chars):
-        self.chars, self.vocab_size = chars, len(chars)
+        self.chars, self.vocab_size, self.meta = chars, len(chars), {"chars": chars}
         self.ids = {c: i for i, c in enumerate(chars)}
 
     def encode(self, text):
@@ -73,14 +73,11 @@ class CharTokenizer:
     def decode(self, ids):
         return "".join(self.chars[i] for i in ids)
 
-    def meta(self):
-        return {"chars": self.chars}
-
 
 class ByteTokenizer:
     """The bytes of UTF-8. 255, which never occurs there, ends a document."""
 
-    kind, eot, vocab_size = "byte", 255, 256
+    kind, eot, vocab_size, meta = "byte", 255, 256, {}
 
     def encode(self, text):
         return np.frombuffer(text.encode(errors="replace"), np.uint8)
@@ -88,16 +85,13 @@ class ByteTokenizer:
     def decode(self, ids):
         return bytes(map(int, ids)).replace(b"\xff", EOT.encode()).decode(errors="replace")
 
-    def meta(self):
-        return {}
-
 
 class GPT2Tokenizer:
     """GPT-2's byte-pair encoding, by tiktoken, which downloads its two files once. Without a
     network: OpenAI's vocab.bpe and encoder.json in the folder $TIKTOKEN_CACHE_DIR, under the names
     6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6."""
 
-    kind, eot, vocab_size = "gpt2", 50256, 50257
+    kind, eot, vocab_size, meta = "gpt2", 50256, 50257, {}
 
     def __init__(self):
         try:
@@ -112,9 +106,6 @@ class GPT2Tokenizer:
     def decode(self, ids):
         return self.bpe.decode([int(i) for i in ids])
 
-    def meta(self):
-        return {}
-
 
 class HFTokenizer:
     """The text of a tokenizer.json. vocab_size may exceed the tokenizer's own: models pad."""
@@ -122,10 +113,9 @@ class HFTokenizer:
     kind = "hf"
 
     def __init__(self, text, vocab_size=0, eot=None):
+        tokenizers = optional("tokenizers")
         try:
-            self.text, self.bpe = text, optional("tokenizers").Tokenizer.from_str(text)
-        except UserError:
-            raise
+            self.bpe, self.meta = tokenizers.Tokenizer.from_str(text), {"json": text}
         except Exception as e:  # what its parser raises has no other type
             raise UserError(f"the tokenizer.json is damaged ({e}): use another") from None
         self.bpe.encode_special_tokens = True  # their names in a text are text
@@ -146,9 +136,6 @@ class HFTokenizer:
 
     def decode(self, ids):
         return self.bpe.decode([int(i) for i in ids], skip_special_tokens=False)
-
-    def meta(self):
-        return {"json": self.text}
 
 
 def make_tokenizer(meta):
@@ -294,7 +281,7 @@ def write(folder, tokenizer, source, at_most=None, **splits):
     folder, V = Path(folder), tokenizer.vocab_size
     dtype = "uint8" if V <= 2**8 else "uint16" if V <= 2**16 else "uint32"
     meta = {"tokenizer": tokenizer.kind, "vocab_size": V, "eot": tokenizer.eot, "dtype": dtype,
-            "tokens": {}, "bytes": {}, "source": source, **tokenizer.meta()}
+            "tokens": {}, "bytes": {}, "source": source, **tokenizer.meta}
     end = b"" if tokenizer.eot is None else np.array([tokenizer.eot], dtype).tobytes()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

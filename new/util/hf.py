@@ -99,7 +99,7 @@ def read_folder(folder, seq_len):
     return {"config": shape, "settings": {"draft_weight": 0.0},
             "model": read_weights(folder, shape),
             "meta": {"tokenizer": "hf", "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
-                     **tokenizer.meta()}}
+                     **tokenizer.meta}}
 
 
 # ---- out -----------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The machine: device, dtype, the processes of torchrun, and signals."""
 
-import ctypes
 import os
+import shlex
 import signal
 import sys
 import time
@@ -62,14 +62,18 @@ def peak_flops(device, dtype):
     return peak / 2 if peak and dtype == "float32" else peak
 
 
-def keep_memory():
-    """Have glibc keep what a step frees: the system would clear its pages for the next step, which
-    costs a small model on a CPU 7 % of its time."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
-        trim_threshold, mmap_threshold = -1, -3  # malloc.h
-        mallopt(trim_threshold, 2**31 - 1)
-        mallopt(mmap_threshold, 2**30)
+def step_flops(model, s):
+    """FLOPs of a step, as nanoGPT counts them: 6 for each weight that a token passes through, and
+    12 H D N a layer for attention. Clean tokens pass through the layers and the head; noisy ones,
+    as if all were masked, through the local head as well."""
+    c, local = model.config, 0
+    weights = sum(p.numel() for p in model.layers.parameters()) + model.head_weight().numel()
+    if model.local:
+        local = sum(p.numel() for p in model.local.mlp.parameters())
+    flops = 6 * weights + 12 * c.n_layer * c.n_head * c.head_dim * c.seq_len  # of a clean token
+    if s.draft_weight:
+        flops = 2 * flops + 6 * local
+    return s.batch_size * c.seq_len * flops
 
 
 class Processes:
@@ -114,6 +118,13 @@ class Processes:
             dist.all_gather_object(errors, found)
         for error in filter(None, errors):
             raise error
+
+
+def resume_command(out_dir):
+    """The shell command that goes on with a run, by torchrun if it was."""
+    world = os.environ.get("LOCAL_WORLD_SIZE")
+    start = ["torchrun", f"--nproc_per_node={world}"] if world else ["python"]
+    return shlex.join([*start, sys.argv[0], f"--out_dir={out_dir}", "--init_from=resume"])
 
 
 def close():

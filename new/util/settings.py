@@ -13,6 +13,7 @@ import importlib
 import math
 import os
 import re
+import runpy
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -59,9 +60,8 @@ def read_config(name):
     """{name: value} that a config file assigns. Its path is as given, or below the repository."""
     path = next((p for p in (Path(name), ROOT / name) if p.is_file()), None)
     require(path, f"no config file {name}; settings are written --key=value")
-    found = {"__name__": "config", "__file__": str(path)}
     try:
-        exec(compile(path.read_text(encoding="utf-8-sig"), str(path), "exec"), found)
+        found = runpy.run_path(str(path))
     except Exception as e:  # the user's Python may raise anything
         raise UserError(f"{path}: {type(e).__name__}: {e}") from None
     return {key: value for key, value in found.items() if not (
@@ -129,11 +129,10 @@ def guarded(main):
             if os.environ.get("RANK", "0") == "0":  # all processes have the same to say
                 print("error:", e, file=sys.stderr)
             return 2
-        except (RuntimeError, MemoryError) as e:
-            line = str(e).partition("\n")[0]
-            if not isinstance(e, MemoryError) and not re.search("(out of|allocate) memory", line):
+        except RuntimeError as e:  # torch's words for it
+            if not re.search("(out of|allocate) memory", str(e)):
                 raise
-            print(f"error: out of memory ({line}): take a smaller batch or model", file=sys.stderr)
+            print("error: out of memory: take a smaller batch or model", file=sys.stderr)
             return 2
 
     return wrapped

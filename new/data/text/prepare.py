@@ -16,17 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from util.data import (
-    ROOT,
-    ByteTokenizer,
-    CharTokenizer,
-    GPT2Tokenizer,
-    HFTokenizer,
-    data_folder,
-    read_text,
-    write,
-)
-from util.settings import guarded, public, require, settings
+from util import data
+from util.settings import ROOT, guarded, public, require, settings
 
 # ---- settings ------------------------------------------------------------------------------------
 name = ""  # the dataset: train.py --dataset=NAME
@@ -54,6 +45,7 @@ def choose_validation(sizes, share):
     the last n characters of one file more."""
     total, chosen = sum(sizes.values()), []
     missing = max(total - int((1 - share) * total), min(VAL_CHARACTERS, total // 2))
+    missing = min(missing, total - 1)
     for file in random.Random(0).sample(list(sizes), len(sizes)):
         if sizes[file] <= missing:
             chosen.append(file)
@@ -63,9 +55,9 @@ def choose_validation(sizes, share):
 
 def make_tokenizer(kind, characters):
     if kind.startswith("hf:"):
-        return HFTokenizer.from_folder(kind.removeprefix("hf:"))
-    kinds = {"byte": ByteTokenizer, "gpt2": GPT2Tokenizer,
-             "char": lambda: CharTokenizer("".join(sorted(characters)))}
+        return data.HFTokenizer.from_folder(kind.removeprefix("hf:"))
+    kinds = {"byte": data.ByteTokenizer, "gpt2": data.GPT2Tokenizer,
+             "char": lambda: data.CharTokenizer("".join(sorted(characters)))}
     require(kind in kinds, f"--tokenizer must be {', '.join(kinds)} or hf:DIR, not {kind!r}")
     return kinds[kind]()
 
@@ -80,24 +72,27 @@ def main(argv):
     require(0 < s.val < 1, f"--val must be between 0 and 1, not {s.val}")
     sizes, characters = {}, set()
     for file in find_files(paths):  # all are read before anything is written
-        text = read_text(file)
-        sizes[file] = len(text)
+        text = data.read_text(file)
         characters |= set(text)
-    require(sum(sizes.values()) > 1, f"no text in {', '.join(paths)}")
+        if text:
+            sizes[file] = len(text)
+    require(sum(sizes.values()) > 1, f"there is no text in {', '.join(paths)}")
     encoder = make_tokenizer(s.tokenizer, characters)
     chosen, cut, n = choose_validation(sizes, s.val)
 
-    def documents(validates):
+    def training():
         for file in sizes:
-            text = read_text(file)
-            if file == cut:
-                text = text[len(text) - n :] if validates else text[: len(text) - n]
-            if text and (file == cut or (file in chosen) == validates):
-                yield text
+            if file not in chosen:
+                yield data.read_text(file)[: sizes[file] - (n if file == cut else 0)]
+
+    def validation():
+        yield from map(data.read_text, chosen)
+        if n:
+            yield data.read_text(cut)[-n:]
 
     print(f"{len(sizes)} files; {len(chosen)} of them and {n:,} characters of {cut} validate")
-    write(data_folder(s.name), encoder, " ".join(paths), train=documents(False),
-          val=documents(True))
+    folder, source = data.data_folder(s.name), " ".join(paths)
+    data.write(folder, encoder, source, train=training(), val=validation())
     print(f"next: python train.py config/nano.py --dataset={s.name} --out_dir=out/{s.name}")
 
 
