@@ -19,14 +19,15 @@ from util.data import make_tokenizer, opening, writing
 from util.settings import check, guarded, settings
 
 DEFAULTS = {
-    "out_dir": "out/nano", "svg": "assets/crystallise.svg", "prompt": "", "max_new_tokens": 300,
+    "out_dir": "out/nano", "svg": "assets/crystallise.svg", "prompt": "", "max_new_tokens": 240,
     "mode": "auto", "temperature": 0.8, "seed": 1337, "columns": 64, "frame_ms": 250,
     "hold_ms": 4000,  # how long the finished text stands
 }
 WIDTH, HEIGHT = 8.43, 18  # of a character, in a monospaced font of 14 pixels
-FILLS = {view.DIM: "#7d8590", view.GREEN: "#56d364", view.YELLOW: "#e3b341"}
+CLASSES = {view.DIM: "d", view.GREEN: "a", view.YELLOW: "o"}
 STYLE = """
 text {{ font: 14px ui-monospace, Menlo, Consolas, monospace; fill: #d0d7de; white-space: pre }}
+.d {{ fill: #7d8590 }} .a {{ fill: #56d364 }} .o {{ fill: #e3b341 }}
 g {{ visibility: hidden }}
 g:last-of-type {{ visibility: visible }}
 @media (prefers-reduced-motion: no-preference) {{
@@ -53,14 +54,13 @@ def frames(s):
 
 def tspans(line):
     """A line with a terminal's codes as text of an SVG."""
-    out, fill = [], None
+    out, kind = "", None
     for code, text in re.findall(r"(\x1b\[\d*m)|([^\x1b]+)", line):
         if code:
-            fill = FILLS.get(code)
+            kind = CLASSES.get(code)
         else:
-            style = f' style="fill:{fill}"' if fill else ""
-            out.append(f"<tspan{style}>{escape(text)}</tspan>")
-    return "".join(out)
+            out += f'<tspan class="{kind}">{escape(text)}</tspan>' if kind else escape(text)
+    return out
 
 
 def draw(pictures, s):
@@ -68,14 +68,15 @@ def draw(pictures, s):
     total, rows = (len(pictures) - 1) * s.frame_ms + s.hold_ms, max(len(x) for x, _ in pictures)
     style = STYLE.format(total=total, share=100 * s.frame_ms / total, hold=100 * s.hold_ms / total)
     w, h = s.columns * WIDTH + 32, (rows + 4) * HEIGHT
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {w:.0f} {h:.0f}" width="{w:.0f}">'
-           f'<style>{style}</style><rect width="{w:.0f}" height="{h:.0f}" rx="8" fill="#0d1117"/>']
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" width="{w:.0f}" '
+           f'height="{h:.0f}"><style>{style}</style>'
+           f'<rect width="{w:.0f}" height="{h:.0f}" rx="8" fill="#0d1117"/>']
     for i, (lines, figures) in enumerate(pictures):
         # a negative delay: when the page opens, the loop has begun already
         out.append(f'<g style="animation-delay:{i * s.frame_ms - total}ms">')
         for row, line in [*enumerate(lines), *enumerate(figures, rows + 1)]:
             y = HEIGHT * (row + 1.3)
-            out.append(f'<text x="16" y="{y:.1f}" xml:space="preserve">{tspans(line)}</text>')
+            out.append(f'<text x="16" y="{y:.0f}">{tspans(line)}</text>')
         out.append("</g>")
     return "\n".join([*out, "</svg>\n"])
 
