@@ -256,7 +256,6 @@ def main(argv):
         drafts = c.context == "causal" and not ar
         rounds = tokens_a_round(by_place(acceptance, S)) if drafts else None
         print(table_row(f"{s.ngram}-gram", mean_and_error(nll), ratio, rounds))
-    return 0
 
 
 if __name__ == "__main__":

@@ -115,7 +115,8 @@ class HFTokenizer:
     def __init__(self, text, vocab_size=0, eot=None):
         tokenizers = optional("tokenizers")
         try:
-            self.bpe, self.meta = tokenizers.Tokenizer.from_str(text), {"json": text}
+            self.bpe, self.meta = tokenizers.Tokenizer.from_str(text), {
+                "json": json.dumps(json.loads(text))}  # however it is spaced
         except Exception as e:  # what its parser raises has no other type
             raise UserError(f"the tokenizer.json is damaged ({e}): use another") from None
         self.bpe.encode_special_tokens = True  # their names in a text are text

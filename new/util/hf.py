@@ -135,7 +135,6 @@ def main(argv):
     require(s.to and not Path(s.to).exists(), "set --to=FOLDER, which does not exist yet")
     write_folder(s.to, CascadeConfig(**state["config"]), state["model"], state["meta"])
     print(f"{s.to}: the GPT level of step {state['step']} of {s.out_dir}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -113,13 +113,13 @@ def optional(package):
 
 
 def guarded(main):
-    """Decorator of a script's main(argv) -> exit code: 2 after a user's mistake, which rank 0 says
-    in one line; 130 after Ctrl-C."""
+    """Decorator of a script's main(argv) -> exit code, or None for 0. The code is 2 after a user's
+    mistake, which rank 0 says in one line, and 130 after Ctrl-C."""
 
     @functools.wraps(main)
     def wrapped(argv):
         try:
-            return main(argv)
+            return main(argv) or 0
         except KeyboardInterrupt:
             return 130
         except BrokenPipeError:  # the reader has gone, as in `| head`: nothing to say at exit
