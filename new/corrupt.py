@@ -6,8 +6,8 @@ earlier blocks. With k uniform on 1..S, and k masked positions of the block draw
 
     -log p(block | earlier blocks)  <=  E[ S/k * sum_{i masked} -log p(x_i | what is visible) ]
 
-This is the bound. Per token, divided by S as the weights below are, it is the mean NLL of masked
-tokens, averaged over k. Masks at a rate m ~ U(0, 1], with 1/m for S/k, give the same number.
+This is the bound. Masks at a rate m ~ U(0, 1], with 1/m for S/k, give the same number. The weights
+below are these over S, so that a block's sum is in nats per token.
 
     noise      draws                                             weight of each masked token
     balanced   every k in 1..S equally often, exactly k masked   1 / k
@@ -16,8 +16,9 @@ tokens, averaged over k. Masks at a rate m ~ U(0, 1], with 1/m for S/k, give the
     full       k = S: every block is masked completely           1 / S
 
 `uniform` is the noise of MDLM and LLaDA, `clipped` that of BD3-LM (arXiv 2503.09573); `full` trains
-drafts. All is a pure function of its arguments and a CPU generator. Drawn for the global batch, and
-then sliced, noise depends neither on the device nor on the number of processes.
+drafts. CASCADE's Phase 1 note is the text that this project began with: one target block in a
+sequence, and another weighting. All is a pure function of its arguments and a CPU generator: drawn
+for the global batch, and then sliced, noise depends neither on the device nor on the processes.
 """
 
 from math import gcd
@@ -98,9 +99,9 @@ RATES = Rates()
 def block_strata(batch, nb, S, generator):
     """(batch, nb) float64: u of each block, one from each of n equal parts of [0, 1).
 
-    n is the number of blocks of a group: the fewest sequences that have a multiple of S blocks, for
-    then `balanced` gives every k equally often. Those left over are a group of their own. The parts
-    are permuted, so that a block's noise is not tied to its place in the sequence."""
+    n is the number of blocks of a group: the fewest sequences that have a multiple of S blocks (for
+    S = 8, 4 sequences of 6), for then `balanced` gives every k equally often. Those left over are a
+    group of their own. The parts are permuted: no block's noise is tied to its place."""
     group = S // gcd(S, nb)
     u = []
     for first in range(0, batch, group):
@@ -117,7 +118,7 @@ def draw_masks(batch, nb, S, generator, noise, rates, weighting, nonempty=False)
     1 - (1-m)^S: the bound's weight becomes (1 - (1-m)^S) / (m S).
 
     weighting: "elbo", the bound's, as above; or "cascade", of CASCADE's Phase 1 note, which is
-    (1/m) * mean over the masked. That is NOT the bound: the mean divides by k, about m S, and 1/m
+    (1/m) * mean over the masked. It is NOT the bound: the mean divides by k, about m S, and 1/m
     stands outside of it. So nearly clean blocks count 1/m times too much, and the expectation grows
     like log(1 / m_min)."""
     require(noise in SCHEDULES, f"noise must be one of {', '.join(SCHEDULES)}, not {noise!r}")

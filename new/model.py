@@ -1,5 +1,9 @@
 """The network: a Llama that reads finished text as a GPT, and denoises the block that comes next.
 
+The same weights do both. Training reads a text twice in one pass: clean, to predict each next
+token, and with blocks masked, to predict what they hide. Decoding drafts a block in one pass, and
+lets the GPT accept or refuse each draft.
+
     B               batch: sequences in a tensor
     N, seq_len      tokens in a sequence (nanoGPT calls this block_size; here it never means that)
     S, block_size   tokens in a diffusion block, as in the block-diffusion literature
@@ -140,7 +144,7 @@ def attention(q, k, v, mask=None, causal=False):
 
     mask: bool, True where visible, broadcast to (B, H, Nq, Nk); or a BlockMask: then FlexAttention,
     which has to be compiled to be fast, and has no backward on a CPU. causal: Nq = Nk."""
-    dtype = v.dtype
+    dtype = v.dtype  # autocast's; norm and rotation made q and k float32
     if q.device.type == "cpu":
         k, v = k.to(q.dtype), v.to(q.dtype)  # float32: the CPU's bf16 kernel is the slower one
     else:
@@ -229,7 +233,7 @@ class LocalHead(nn.Module):
         C, width = config.n_embd, max(1, config.n_embd // 4)
         self.norm = nn.RMSNorm(C, config.norm_eps)
         self.embed = nn.Embedding(config.vocab_size + 1, width)
-        self.mlp = SwiGLU(C + config.local_window * width, config.local_hidden, C)
+        self.mlp = SwiGLU(C + config.local_window * width, config.local_hidden, C)  # cut up below
 
     def of_states(self, h):
         """(gate norm(h), up norm(h)), each (..., hidden): the part of gate z and up z that needs no
@@ -250,8 +254,7 @@ class LocalHead(nn.Module):
 
 def left_tokens(x0, window, mask_id):
     """(B, N, w): for each token i of x0 (B, N) those at i-1 .. i-w, [MASK] before the first."""
-    N = x0.shape[1]
-    return torch.stack([F.pad(x0, (d, 0), value=mask_id)[:, :N] for d in range(1, window + 1)], -1)
+    return F.pad(x0, (window, 0), value=mask_id)[:, :-1].unfold(1, window, 1).flip(-1)
 
 
 class NLLs(NamedTuple):
@@ -263,13 +266,12 @@ class NLLs(NamedTuple):
 
 class CascadeLM(nn.Module):
     """The language model. Its weights have a Llama's names (with q/k norm a Qwen3's) but for the
-    local head; embed_tokens has a row more, for [MASK]. The path of masked attention is "sdpa", by
-    dense masks, or in training "flex", FlexAttention, for CUDA under torch.compile."""
+    local head; embed_tokens has a row more, for [MASK]. flex: in training masked attention is
+    FlexAttention, for CUDA under torch.compile, and not by dense masks."""
 
-    def __init__(self, config, path="sdpa"):
+    def __init__(self, config, flex=False):
         super().__init__()
-        require(path in ("sdpa", "flex"), f"attention path must be sdpa or flex, not {path!r}")
-        self.config, self.path = config, path
+        self.config, self.flex = config, flex
         self.embed_tokens = nn.Embedding(config.vocab_size + 1, config.n_embd)
         self.layers = nn.ModuleList(CascadeBlock(config) for _ in range(config.n_layer))
         self.local = LocalHead(config) if config.local_window else None
@@ -277,7 +279,7 @@ class CascadeLM(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # position * rope_base^(-2 d / D), (length, 1, D / 2); blocks of drafts reach past seq_len
-        position = torch.arange(config.seq_len + 2 * config.block_size)[:, None, None]
+        position = torch.arange(config.seq_len + config.block_size)[:, None, None]
         d = torch.arange(config.head_dim // 2).double()
         angle = position * config.rope_base ** (-2 * d / config.head_dim)
         cos, sin = angle.cos().float(), angle.sin().float()
@@ -286,7 +288,8 @@ class CascadeLM(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """What gets what, drawn from torch's default generator: seed it for repeatability."""
+        """What gets what, drawn from torch's default generator: seed it for repeatability. The
+        weights of norms are 1."""
         for name, p in self.named_parameters():
             module = name.split(".")[-2]
             if module == "embed_tokens":  # every row, [MASK] too
@@ -298,10 +301,6 @@ class CascadeLM(nn.Module):
                 nn.init.uniform_(p, -a, a)
             elif module in ("o_proj", "down_proj", "lm_head"):
                 nn.init.zeros_(p)  # layers are the identity; by an lm_head the first loss is log V
-            elif "norm" in module:
-                nn.init.ones_(p)
-            else:
-                raise AssertionError(f"no initialisation for {name}")
 
     def trunk(self, tokens, positions, attend, index=None):
         """The one way through the network: tokens (B, L) int64 -> (B, L, C), what the heads read.
@@ -323,8 +322,7 @@ class CascadeLM(nn.Module):
         require(N <= self.config.seq_len, f"{N} tokens exceed seq_len {self.config.seq_len}")
         require(xt is None or N % S == 0, f"{N} noisy tokens are not whole blocks of {S}")
         causal = self.config.context == "causal"
-        flex = self.path == "flex" and self.training
-        build = build_flex_mask if flex else build_block_causal_mask
+        build = build_flex_mask if self.flex and self.training else build_block_causal_mask
         clean_mask = None if causal else build(N, S, device, clean_sees, 1)
         noisy_mask = None if xt is None else build(N, S, device, noisy_sees, 2)
 
@@ -348,7 +346,8 @@ class CascadeLM(nn.Module):
 
     def logits_of(self, tokens):
         """tokens (B, N), real or mask_id -> logits (B, N, V) of the clean stream, at i: of token
-        i + 1 with context="causal", of token i with context="block"."""
+        i + 1 with context="causal", of token i with context="block" (where finished blocks and one
+        with masks behind them are what a pass of the sampler reads)."""
         return self.logits(self.streams(tokens))
 
     def forward(self, x0, xt=None, index=None, soft=0.0, teacher=None):
@@ -357,62 +356,55 @@ class CascadeLM(nn.Module):
         soft: this share of each is instead a cross-entropy against p, without a gradient: that of a
         teacher's GPT level, for both levels; without a teacher this model's own, for the masked
         tokens. Of token 0 of a sequence there is no p."""
-        c, head, gpt_level = self.config, self.head_weight(), self.config.context == "causal"
-        require(gpt_level or xt is not None, "context=block only denoises: it needs xt")
-        require(gpt_level or soft == 0, "context=block has no soft targets")
+        c, head, share, B = self.config, self.head_weight(), None, len(x0)
         indexed = index is not None and index.dtype == torch.int64
         require(xt is None or indexed, "xt needs an int64 index")
-        if not gpt_level:  # of the batch of 2B the last B sequences alone have a loss
+        if c.context == "block":  # only the second B of the batch of 2B have a loss
+            require(xt is not None and soft == 0, "context=block needs xt, and has no soft targets")
             h = self.norm(self.streams(x0, xt, index + x0.numel()))
             return NLLs(masked=head_nll(h, head, x0.flatten()[index]))
 
-        h, share = self.streams(x0, xt), None
-        before = self.norm(h[: len(x0), :-1])  # (B, N - 1, C), what predicts tokens 1..
-        teacher_h, teacher_head = before, head
+        h = self.streams(x0, xt)
+        before = self.norm(h[:B, :-1])  # (B, N - 1, C), what predicts tokens 1..
+        p_h, p_head = before, head  # p = softmax(p_h p_head^T)
         if teacher is not None:
-            teacher_h, teacher_head = teacher.next_token_states(x0)
-            share = torch.full(teacher_h.shape[:2], soft, device=h.device)
-        gpt = head_nll(before, head, x0[:, 1:], share, teacher_h, teacher_head)
+            with torch.no_grad():
+                p_h, p_head = teacher.norm(teacher.streams(x0)[:, :-1]), teacher.head_weight()
+            share = torch.full(p_h.shape[:2], soft, device=h.device)
+        gpt = head_nll(before, head, x0[:, 1:], share, p_h, p_head)
         if xt is None:
             return NLLs(gpt)
-        if soft > 0:  # the p of token i, moved to i
-            teacher_h = F.pad(teacher_h, (0, 0, 1, 0)).flatten(0, 1)[index]
+        if share is not None or soft > 0:  # the p of token i, moved to i
+            p_h = F.pad(p_h, (0, 0, 1, 0)).flatten(0, 1)[index]
             share = torch.where(index % x0.shape[1] == 0, 0.0, soft)
-        h, targets = h[len(x0) :].flatten(0, 1)[index], x0.flatten()[index]
+        h, targets = h[B:].flatten(0, 1)[index], x0.flatten()[index]
         if self.local is not None:  # all left tokens are shown: teacher forcing
             h = self.local(h, left_tokens(x0, c.local_window, c.mask_id).flatten(0, 1)[index])
-        return NLLs(gpt, head_nll(self.norm(h), head, targets, share, teacher_h, teacher_head))
-
-    @torch.no_grad()
-    def next_token_states(self, x0):
-        """h (B, N - 1, C), head (V, C): softmax(h head^T) is the GPT level's p of tokens 1.."""
-        require(self.config.context == "causal", "a teacher needs context=causal")
-        return self.norm(self.streams(x0)[:, :-1]), self.head_weight()
+        return NLLs(gpt, head_nll(self.norm(h), head, targets, share, p_h, p_head))
 
 
-def head_nll(h, head, targets, soft=None, teacher_h=None, teacher_head=None, most=2**25):
+def head_nll(h, head, targets, soft=None, p_h=None, p_head=None, most=2**25):
     """nll = -log q[targets] for q = softmax(h head^T); or (1 - soft) * nll + soft * ce, where ce is
-    the cross-entropy of q against the constant p = softmax(teacher_h teacher_head^T).
+    the cross-entropy of q against the constant p = softmax(p_h p_head^T).
 
-    h (..., C), head (V, C), targets and soft (...), the teacher's with a C of their own -> float32
+    h (..., C), head (V, C), targets and soft (...), p_h and p_head with a C of their own -> float32
     (...). More logits than `most`, 134 MB, are made in pieces, and anew for the gradient."""
 
-    def piece(h, targets, soft, teacher_h):
+    def piece(h, targets, soft=None, p_h=None):
         log_q = at_least_float32(F.linear(h, head)).log_softmax(dim=-1)
         nll = -log_q.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
         if soft is None:
             return nll
         with torch.no_grad():
-            p = at_least_float32(F.linear(teacher_h, teacher_head)).softmax(dim=-1)
+            p = at_least_float32(F.linear(p_h, p_head)).softmax(dim=-1)
         return (1 - soft) * nll - soft * (p * log_q).sum(dim=-1)
 
     size = max(1, most // len(head))
     if targets.numel() <= size:
-        return piece(h, targets, soft, teacher_h)
-    hs, ts = h.flatten(0, -2).split(size), targets.flatten().split(size)
-    shares = teachers = [None] * len(hs)
+        return piece(h, targets, soft, p_h)
+    whole = [h.flatten(0, -2), targets.flatten()]
     if soft is not None:
-        shares, teachers = soft.flatten().split(size), teacher_h.flatten(0, -2).split(size)
+        whole += [soft.flatten(), p_h.flatten(0, -2)]
     again = partial(checkpoint, piece, use_reentrant=False, preserve_rng_state=False)
-    found = [again(*each) for each in zip(hs, ts, shares, teachers, strict=True)]
+    found = [again(*each) for each in zip(*(x.split(size) for x in whole), strict=True)]
     return torch.cat(found).view(targets.shape)

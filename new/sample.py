@@ -16,10 +16,10 @@ r"""Write text from a checkpoint, several tokens a pass, and watch it crystallis
 A round of `verify` is two passes. x is the last token, M is [MASK]; here are three drafts, and what
 a place gives stands below it:
 
-    draft    in    x  M   M   M   M ..   S masks stand behind x, which does not see them, so that
-             out   t      d1  d2  d3     t is the GPT level's own. The first mask, in the place of
-                                         t, is not used. The local head draws a draft in the place
-                                         of each of the others, with a probability q
+    draft    in    x  M   M   M   M ..   S masks stand behind x, as in training. x does not see
+             out   t      d1  d2  d3     them, so that t is the GPT level's own, and the first mask,
+                                         in the place of t, is not used. The local head draws a
+                                         draft in the place of each other, with a probability q
     read     in    t  d1  d2  d3         p is the GPT level's probability of a draft. It is accepted
              out   d1 d2  c              with a chance of min(1, p / q), up to the first that is
                                          refused, here d3. c is drawn in its place, or behind the
@@ -96,7 +96,7 @@ def left_to_right(log_p, masked, count, limit, score):
 
 
 def confidence(log_p, masked, count, limit, score):
-    """Those whose likeliest token is the most probable."""
+    """Where the network is surest of its likeliest token."""
     return smallest(leftmost(-log_p.amax(dim=-1).exp()), masked, count)
 
 
@@ -181,18 +181,16 @@ def draw_jointly(model, h, left, how, u):
     return torch.stack(drafts, dim=1), torch.stack(q, dim=1)
 
 
-def accept(p, q, drafts, most, u, u_next):
+def accept(p, q, drafts, u, u_next):
     """Speculative sampling (arXiv 2211.17192): (number n (B,) of accepted drafts, next token (B,)).
 
     drafts (B, D) were drawn from q (B, D, V); p (B, D + 1, V) is what they shall be distributed as,
-    each given those before it. Of row r only the first most[r] count. Draft i is accepted with a
-    chance of min(1, p(d_i) / q(d_i)) if all before it were. The next token is drawn from the
-    positive part of p - q in the next place, where q = 0 if no draft stands there. u (B, D) and
-    u_next (B,) are random numbers in [0, 1)."""
-    absent = torch.arange(drafts.shape[1], device=drafts.device) >= most[:, None]
-    q = F.pad(q.masked_fill(absent.unsqueeze(-1), 0.0), (0, 0, 0, 1))  # (B, D + 1, V)
+    each given those before it. Draft i is accepted with a chance of min(1, p(d_i) / q(d_i)) if all
+    before it were. The next token is drawn from the positive part of p - q in the next place, where
+    q = 0 if no draft stands there. u (B, D) and u_next (B,) are random numbers in [0, 1)."""
+    q = F.pad(q, (0, 0, 0, 1))  # (B, D + 1, V)
     passed = u * pick(q[:, :-1], drafts) < pick(p[:, :-1], drafts)
-    n = (passed & ~absent).long().cumprod(dim=1).sum(dim=1)
+    n = passed.long().cumprod(dim=1).sum(dim=1)
     here = n[:, None, None].expand(-1, 1, p.shape[-1])
     p, q = p.gather(1, here)[:, 0], q.gather(1, here)[:, 0]
     rest = (p - q).clamp(min=0)
@@ -203,8 +201,8 @@ def accept(p, q, drafts, most, u, u_next):
 
 # ---- passes: none copies to the host, so that each can be compiled as one graph ------------------
 # how: (temperature, top_k, top_p). left (B, w), at least (B, 1): the last tokens of each row, the
-# last one first. room (B,): how many tokens a row may get before its window is full or its goal is
-# reached; 0: it is finished. u: random numbers in [0, 1), float64.
+# last one first. u: random numbers in [0, 1), float64. D is a number of drafts. What a row has no
+# room for, in its window or up to its goal, is computed as well, and dropped on the host.
 
 
 class BlockCache:
@@ -226,6 +224,7 @@ def read(model, tokens, cache, T):
     overwrites them unless `length` is raised before."""
     (B, Q), unit, device = tokens.shape, model.config.unit, tokens.device
     i = torch.arange(Q, device=device)
+    # with 5 cached tokens, Q = 3 and T = 1: slots 5 6 7, last 0 2 2, and key 6 has place 1
     slots = cache.length[:, None] + i  # (B, Q): positions, too
     # token i sees the cache, and the tokens of this pass up to last[i]
     last = torch.where(i < T, i // unit * unit + unit - 1, Q - 1)
@@ -249,9 +248,9 @@ def gpt_pass(model, cache, how, left, u):
     return draw(probabilities(model.logits(h[:, 0]), how), u[:, 0])
 
 
-def verify_round(model, cache, how, left, room, D, u):
+def verify_round(model, cache, how, left, D, u):
     """The two passes of the picture above: (tokens (B, D + 2): t, D drafts, c; n (B,): how many
-    drafts are accepted). Of a row with room for one token t alone counts. u (B, 2 D + 2).
+    drafts are accepted). u (B, 2 D + 2).
     The reading pass could carry the masks of the next round as well, behind each number of drafts
     that may be accepted: one pass a round, which would pay on a GPU."""
     block = left.new_full((len(left), model.config.block_size), model.config.mask_id)
@@ -262,8 +261,7 @@ def verify_round(model, cache, how, left, room, D, u):
     drafts, q = draw_jointly(model, h[:, 2 : D + 2], left, how, u[:, 1 : D + 1])
     proposed = torch.cat([t[:, None], drafts], dim=1)
     p = probabilities(model.logits(read(model, proposed, cache, D + 1)), how)  # (B, D + 1, V)
-    most = room - 2  # t and c need a place each
-    n, c = accept(p, q, drafts, most, u[:, D + 1 : -1], u[:, -1])
+    n, c = accept(p, q, drafts, u[:, D + 1 : -1], u[:, -1])
     return torch.cat([proposed, c[:, None]], dim=1), n
 
 
@@ -396,23 +394,26 @@ def write_gpt(writer):
 
 
 def write_verified(writer):
-    """It yields after each of the two passes of a round, but both have run before the first."""
+    """It yields after each of the two passes of a round, for whoever watches: both have run before
+    the first. Where the tokens of a round are cut off depends on lengths alone, so that what is
+    left keeps its distribution."""
     left, room = writer.prepare(1)
     D, step, rows = writer.o.drafts, writer.step, [*writer.unfinished]
-    found = verify_round(writer.model, writer.cache, writer.how, left, writer.tensor(room), D,
-                         writer.uniform(2 * D + 2))
+    found = verify_round(writer.model, writer.cache, writer.how, left, D, writer.uniform(2 * D + 2))
     tokens, accepted = (x.tolist() for x in found)  # here the host waits for the device
     for r in rows:
-        drafts = tokens[r][1:-1]
-        writer.write(r, tokens[r][:1], GPT, drafts[: max(0, room[r] - 2)])
+        writer.write(r, tokens[r][:1], GPT, tokens[r][1:-1][: room[r] - 1])
     yield
     for r in rows:
-        new = []
-        if room[r] > 1 and r in writer.unfinished:
+        fits = room[r] - 1 if r in writer.unfinished else 0  # t may have ended the row
+        drafts = tokens[r][1 : 1 + accepted[r]][:fits]
+        if fits > 0:
             step.rounds += 1
-            step.accepted += accepted[r]
-            new = tokens[r][1 : 1 + accepted[r]] + tokens[r][-1:]  # the accepted drafts and c
-        writer.write(r, new, GPT)
+            step.accepted += len(drafts)
+        if len(drafts) < fits:
+            writer.write(r, [*drafts, tokens[r][-1]], GPT)  # with c
+        else:
+            writer.write(r, drafts, DRAFT)
     yield
 
 
@@ -439,10 +440,8 @@ def write_blocks(writer):
         found = block.tolist()
         for r in todo:
             new = found[r][len(texts[r]) - spans[r][1] :][: room[r]]  # what stands behind the row
-            if c.mask_id in found[r]:
-                writer.write(r, [], DRAFT, new)
-            else:
-                writer.write(r, new, DRAFT)
+            written, pending = ([], new) if c.mask_id in found[r] else (new, [])
+            writer.write(r, written, DRAFT, pending)
         yield
         todo = [r for r in todo if c.mask_id in found[r]]
         if not todo:
@@ -473,7 +472,6 @@ def resolve(config, given):
         require(used or getattr(o, name) == DEFAULTS[name], f"{name} would be ignored in mode "
                 f"{o.mode} with context={config.context} and rule={o.rule}: leave it out")
     require(o.top_p > 0, "top_p must be above 0")
-    require(block or config.seq_len > 1, "seq_len 1 has no place for a context")
     o.drafts = o.drafts or S - 1
     o.limit = o.limit or LIMITS.get(o.rule, 0.0)
     return o

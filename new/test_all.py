@@ -243,7 +243,7 @@ def test_model_equals_oracle():
         for name, weight in net.named_parameters():
             worst.note("gradients", weight.grad, state[name].grad)
         with torch.no_grad():
-            net.path = "flex"
+            net.flex = True
             worst.note("flex", net.logits_of(x0), logits)
             worst.note("flex", net(x0, xt, index).masked, slow["masked"])
             worst.note("float64", net.double().logits_of(x0), logits)
@@ -292,11 +292,11 @@ def test_compiles_whole():
     for net in (causal, block):
         batch = *batch_for(net), 0.5 if net is causal else 0.0
         torch.testing.assert_close(compiled(net)(*batch), net(*batch), rtol=0, atol=0)
-    left, room = torch.tensor([[3, 2], [4, 11]]), torch.tensor([9, 2])
+    left = torch.tensor([[3, 2], [4, 11]])
     u = torch.rand(2, 6, generator=generator(), dtype=torch.float64)
     choose = partial(sample.left_to_right, count=torch.ones(2), limit=0, score=None)
     for call, net, args in (
-        (sample.gpt_pass, causal, (left, u)), (sample.verify_round, causal, (left, room, 2, u)),
+        (sample.gpt_pass, causal, (left, u)), (sample.verify_round, causal, (left, 2, u)),
         (sample.block_pass, block, (left, left[:, :0], torch.full((2, 3), 11), choose, u[:, :3])),
     ):
         found = []
@@ -792,9 +792,10 @@ def test_batches():
         found = [train.draw_batches(s, 9, text, step, rank, world) for rank in range(world)]
         assert found[0][1] == (16 if s.corruption == "all" else 4), "target blocks"
         batches = [batch for batches, _ in found for batch in batches]
-        weight = [torch.zeros(b.x0.shape).view(-1).index_put((b.index,), b.weight).view(b.x0.shape)
-                  for b in batches]
-        return [torch.cat(x) for x in ([b.x0 for b in batches], [b.xt for b in batches], weight)]
+        x0, xt, index, weight = zip(*batches, strict=True)
+        weight = [torch.zeros(x.shape).view(-1).index_put((i,), w).view(x.shape)
+                  for x, i, w in zip(x0, index, weight, strict=True)]
+        return [torch.cat(x) for x in (x0, xt, weight)]
 
     for how in ({}, {"noise": "balanced"}, {"noise": "uniform", "corruption": "target"}):
         x0, xt, weight = whole = drawn(how)
@@ -933,8 +934,7 @@ def test_refusals():
         ("exceed", net, {"x0": x.repeat(1, 6)}), ("needs xt", block, {"x0": x}),
         ("whole blocks", net, {"x0": x[:, :2], "xt": x[:, :2], "index": x[0]}),
         ("int64", net, {"x0": x, "xt": x, "index": x[0] == 0}),
-        ("soft targets", block, {"x0": x, "xt": x, "soft": 0.5}),
-        ("context=causal", net, {"x0": x, "teacher": block}),
+        ("soft targets", block, {"x0": x, "xt": x, "index": x[0], "soft": 0.5}),
         ("balanced", all_blocks, noise | {"noise": "white"}),
         ("rates", target_block, noise | {"rates": Rates(m_min=0)}),
         ("weights", masked_diffusion_loss, {"nll": x[0], "weight": x, "num_blocks": 1}),
@@ -1091,7 +1091,8 @@ def test_decoding_greedy():
             assert sample.generate(drafter, PROMPTS[2:3], 150, **how) == want[2:3], shape
             kinds = Counter(itertools.chain(*step.kinds))
             assert 0 < step.accepted == kinds[sample.DRAFT] and step.passes < 750 == step.tokens
-            assert step.rounds == kinds[sample.GPT] - step.passes / 2  # each writes t, these c too
+            c = kinds[sample.GPT] - step.passes / 2  # each round writes t, and this many c
+            assert c <= step.rounds <= step.passes / 2
             passes.append(step.passes)
     assert passes[0] != passes[1]
     return f"18 times 750 tokens, at first in {passes[0]} passes, by a wrong drafter {passes[1]}"

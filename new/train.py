@@ -20,7 +20,6 @@ from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 from util import machine  # import first: it ends with a message if torch is too old
 
@@ -48,10 +47,11 @@ init_from = "scratch"  # or "resume": go on from out_dir/last.pt; or another run
 # hf:DIR, a Llama or Qwen3 as Hugging Face keeps it: start from its weights, with its shape
 overwrite = False  # true: the first checkpoint replaces the run that out_dir holds
 seed = 1337
-# the model: see model.CascadeConfig
+# the model: see model.CascadeConfig. These are a cascade's; a GPT (config/ar.py) or block diffusion
+# (config/bd3lm.py) differ in several settings at once
 seq_len = 256  # N
 block_size = 16  # S, tokens in a diffusion block
-n_layer = 6  # 6 layers of 4 x 384 x 384 + 3 x 384 x 1024 = 1.77M
+n_layer = 6  # each of 4 x 384 x 384 + 3 x 384 x 1024 = 1.77M parameters
 n_head = 6
 n_kv_head = 0  # 0: as many as n_head
 n_embd = 384  # with a local head of 3.5M parameters 14M in all
@@ -119,39 +119,25 @@ COLUMNS = ("step", "seconds", "gpt", "draft", "bound", "val_gpt", "val_draft", "
 # ---- batches, noise and loss ---------------------------------------------------------------------
 
 
-class Batch(NamedTuple):
-    """A micro-batch: clean and noisy tokens (B, N), the masked positions that have a loss, flat in
-    (B, N), and their weights (M,). The last three are None for a GPT alone."""
-
-    x0: torch.Tensor
-    xt: torch.Tensor | None
-    index: torch.Tensor | None
-    weight: torch.Tensor | None
-
-
 def draw_batches(s, mask_id, tokens, step, rank=0, world=1):
-    """(micro-batches of process `rank` in a step, number of target blocks in the global batch)"""
+    """(micro-batches of process `rank` in a step, number of target blocks in the global batch). A
+    micro-batch is x0, xt (B, N); index (M,), the masked positions that have a loss, flat in (B, N);
+    weight (M,). The last three are None for a GPT alone."""
     generator = torch.Generator().manual_seed((s.seed * 1_000_003 + step) % 2**63)
     starts = torch.randint(len(tokens) - s.seq_len + 1, (s.batch_size,), generator=generator)
-    share, batches, num_blocks = s.batch_size // world, [], 0
-    if s.draft_weight:
-        # masks do not depend on the tokens: they are drawn for the global batch, on zeros, and then
-        # applied to the rows of this process
-        zeros = torch.zeros(s.batch_size, s.seq_len, dtype=torch.int64)
-        all_blocks = s.corruption == "all"
-        draw = corrupt.corrupt_all_blocks if all_blocks else corrupt.corrupt_target_block
-        rates = corrupt.Rates(s.m_min, s.clip_low, s.clip_high)
-        noisy = draw(zeros, s.block_size, mask_id, generator, s.noise, rates, s.weighting)
-        num_blocks = noisy.block.numel()
-    for rows in torch.arange(rank * share, (rank + 1) * share).split(s.micro_batch or share):
-        x0 = np.stack([tokens[i : i + s.seq_len] for i in starts[rows].tolist()])
-        x0, xt, index, weight = torch.from_numpy(x0.astype(np.int64)), None, None, None
-        if s.draft_weight:
-            xt = x0.masked_fill(noisy.xt[rows] == mask_id, mask_id)
-            index = noisy.mask[rows].flatten().nonzero()[:, 0]
-            weight = noisy.weight[rows].flatten()[index]
-        batches.append(Batch(x0, xt, index, weight))
-    return batches, num_blocks
+    x0 = np.stack([tokens[i : i + s.seq_len] for i in starts.tolist()])
+    x0, share = torch.from_numpy(x0.astype(np.int64)), s.batch_size // world
+    shares = torch.arange(rank * share, (rank + 1) * share).split(s.micro_batch or share)
+    if s.draft_weight == 0:
+        return [(x0[rows], None, None, None) for rows in shares], 0
+    all_blocks = s.corruption == "all"
+    draw = corrupt.corrupt_all_blocks if all_blocks else corrupt.corrupt_target_block
+    rates, batches = corrupt.Rates(s.m_min, s.clip_low, s.clip_high), []
+    noisy = draw(x0, s.block_size, mask_id, generator, s.noise, rates, s.weighting)
+    for rows in shares:
+        index = noisy.mask[rows].flatten().nonzero()[:, 0]
+        batches.append((x0[rows], noisy.xt[rows], index, noisy.weight[rows].flatten()[index]))
+    return batches, noisy.block.numel()
 
 
 def loss_weights(s):
@@ -215,9 +201,10 @@ def require_finite(what, finite, step):
 
 def log_line(s, row, now, weights, used):
     """Terms of the training loss, in brackets NLLs of the last validation; speed; minutes to go."""
-    val = now.figures["nll"] if now.figures else {}
-    of = f"/{s.max_steps}" if s.max_steps else ""
-    terms = (f"{k} {row[k]:.3f} ({f'{val[k][0]:.3f}' if val else '  -  '})" for k in weights)
+    of, terms = f"/{s.max_steps}" if s.max_steps else "", []
+    for name in weights:
+        val = f"{now.figures['nll'][name][0]:.3f}" if now.figures else "  -  "
+        terms.append(f"{name} {row[name]:.3f} ({val})")
     mfu = f" | mfu {row['mfu']:3.0%}" if "mfu" in row else ""
     left = now.seconds / 60 * (1 / max(used, 1e-9) - 1)
     return (f"step {now.step:6d}{of} | {' | '.join(terms)} | lr {row['lr']:.1e} | "
@@ -239,7 +226,7 @@ def train(s, given=()):
                 f"--batch_size={s.batch_size} is no multiple of the {world} processes")
         resumed, ar = s.init_from == "resume", s.draft_weight == 0
         device = machine.choose_device(s.device, processes.local_rank, world)
-        wandb = optional("wandb") if s.wandb and processes.main else None
+        online = optional("wandb") if s.wandb and processes.main else None
         if processes.main:
             prepare_shipped(s.dataset)
     with processes.together():
@@ -271,7 +258,7 @@ def train(s, given=()):
     # ---- model and optimizers
     torch.manual_seed(s.seed)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays float32 on CUDA
-    model = CascadeLM(config, "flex" if flex else "sdpa").to(device)
+    model = CascadeLM(config, flex).to(device)
     optimizers, origin = make_optimizers(model, s), "fresh weights"
     # what is saved beside weights and optimizers: seconds of training with its validations; figures
     # of the last validation and of the evaluation at the end; the least validation loss; log.csv
@@ -288,8 +275,8 @@ def train(s, given=()):
         origin = f"weights of {s.init_from}; fresh: {', '.join(new) or 'none'}"
     wrapped = torch.compile(model) if compiled else model
     if world > 1:
-        devices = [device] if on_cuda else None
-        wrapped = DistributedDataParallel(wrapped, devices, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(
+            wrapped, [device] if on_cuda else None, broadcast_buffers=False)
     weights, tokens, val = loss_weights(s), data.split("train"), data.split("val")
     term_weights = torch.tensor([*weights.values()], device=device)
     flops, peak = machine.step_flops(model, s) / world, machine.peak_flops(device, dtype)
@@ -306,8 +293,8 @@ def train(s, given=()):
     say("loss       " + " + ".join(f"{weight:g} {name}" for name, weight in weights.items()))
     if not on_cuda and not start and not {"n_layer", "n_embd"} & set(given):
         say("note       these are the sizes for a GPU; for a CPU: python train.py config/nano.py")
-    if wandb:
-        wandb.init(project="cascade", name=s.out_dir, config=public(vars(s)))
+    if online:
+        online.init(project="cascade", name=s.out_dir, config=public(vars(s)))
 
     def evaluate(windows):
         x0 = eval.cut_windows(val, s.seq_len, windows)
@@ -323,8 +310,6 @@ def train(s, given=()):
             now.best, now.best_step = loss, now.step
 
     def save():  # last.pt and log.csv; best.pt if this step is the best, or none was validated yet
-        finite = all(bool(w.isfinite().all()) for w in model.state_dict().values())
-        require_finite("a weight", finite, now.step)
         state = {"config": asdict(config), "settings": public(vars(s)), "meta": data.meta,
                  "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
         with processes.together(), writing(s.out_dir):
@@ -348,13 +333,13 @@ def train(s, given=()):
                     group["lr"] = peak_lr * factor
             batches, num_blocks = draw_batches(s, config.mask_id, tokens, now.step, rank, world)
             for i, batch in enumerate(batches):
-                batch = Batch(*(t if t is None else t.to(device) for t in batch))
+                x0, xt, index, weight = (t if t is None else t.to(device) for t in batch)
                 # gradients are exchanged once, after the last micro-batch
                 hold = world > 1 and i < len(batches) - 1
                 with wrapped.no_sync() if hold else nullcontext():
                     with machine.autocast(device, dtype):
-                        nlls = wrapped(batch.x0, batch.xt, batch.index, s.soft, teacher)
-                        terms = loss_terms(s, nlls, batch.weight, num_blocks)
+                        nlls = wrapped(x0, xt, index, s.soft, teacher)
+                        terms = loss_terms(s, nlls, weight, num_blocks)
                     # DDP takes the mean over processes; these are shares of a global mean
                     (terms @ term_weights * world).backward()
                 term_sum += terms.detach()
@@ -384,8 +369,8 @@ def train(s, given=()):
                 if now.figures["acceptance"]:
                     row["tokens_a_round"] = eval.tokens_a_round(now.figures["acceptance"])
             now.log.append(",".join(f"{row[c]:.8g}" if c in row else "" for c in COLUMNS))
-            if wandb:
-                wandb.log(row, step=now.step)
+            if online:
+                online.log(row, step=now.step)
             if validates or stopped:
                 save()
             say(log_line(s, row, now, weights, used))

@@ -21,7 +21,8 @@ from util.data import writing
 from util.settings import UserError, require
 
 FORMAT = 2
-# a resumed run may be given another budget, other reports, another machine; not other mathematics
+# a resumed run may be given another budget (which moves the learning rate), other reports, another
+# machine, and folders that have moved; not other mathematics
 RESUME_MAY_CHANGE = set(
     "out_dir init_from overwrite dataset teacher max_steps max_minutes micro_batch log_every "
     "eval_every final_windows sample_tokens wandb device dtype compile".split())
