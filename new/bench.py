@@ -14,15 +14,12 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
-from util import machine  # first: it checks torch's version
-
-# isort: split
 import torch
 from torch.utils.benchmark import Timer
 
@@ -30,9 +27,9 @@ import eval
 import sample
 import train
 from model import CascadeConfig, CascadeLM
-from util import checkpoint
+from util import checkpoint, machine
 from util.data import Dataset, make_tokenizer, opening
-from util.settings import check, guarded, require, settings
+from util.settings import UserError, check, guarded, require, settings
 
 # ---- settings, by command ------------------------------------------------------------------------
 TRAIN = train.DEFAULTS | {"rounds": 5, "steps": 10}  # of each contestant in a round
@@ -62,9 +59,11 @@ def ratio(over, under):
 def seconds_a_step(s, steps):
     """Of `steps` steps of train.py by settings s, after as many to warm up."""
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
-        train.train(SimpleNamespace(**{name: getattr(s, name) for name in train.DEFAULTS} | {
+        code = train.train(SimpleNamespace(**{n: getattr(s, n) for n in train.DEFAULTS} | {
             "out_dir": folder, "max_steps": 2 * steps, "max_minutes": 0.0, "log_every": steps,
-            "eval_windows": 1, "final_windows": 1, "sample_tokens": 0}))
+            "eval_windows": 1, "final_windows": 1, "sample_tokens": 0, "wandb": False}))
+        if code != 0:  # a signal ended it
+            raise KeyboardInterrupt
         *_, last = csv.DictReader(Path(folder, "log.csv").read_text().splitlines())
     return s.batch_size * s.seq_len / float(last["tokens_per_second"])
 
@@ -80,6 +79,8 @@ def product_flops(device, dtype):
 def bench_train(argv):
     s, _ = settings(TRAIN, argv)
     check(s, least={"rounds": 1, "steps": 1})
+    require(s.init_from == "scratch" and not s.teacher,
+            "a fresh run is measured: leave --init_from and --teacher out")
     device = machine.choose_device(s.device)
     dtype, why = machine.choose_dtype(s.dtype, device)
     contestants = {"this run": s, "as a GPT": SimpleNamespace(**vars(s) | AR)}
@@ -89,7 +90,7 @@ def bench_train(argv):
             taken[name].append(seconds_a_step(how, s.steps))
         peaks.append(product_flops(device, dtype))
     print(f"{dtype}: {why}; a large matrix product runs at {median(peaks) / 1e9:,.0f} GFLOP/s\n"
-          "            parameters  ms a step   tokens/s   GFLOP    MFU  of the GPT's time")
+          "            parameters  ms a step   tokens/s   GFLOP   of it  times the GPT")
     vocab_size = Dataset(s.dataset).meta["vocab_size"]
     for name, how in contestants.items():
         with torch.device("meta"):
@@ -103,7 +104,8 @@ def bench_train(argv):
 
 
 def peak_memory(s):
-    """Bytes by which a training step raises the most memory that this process has had."""
+    """Bytes that a training step needs: by which it raises the most memory that this process has
+    had, or on a GPU all that it has allocated."""
     if machine.choose_device(s.device) != "cpu":
         seconds_a_step(s, 1)
         return torch.cuda.max_memory_allocated()
@@ -117,11 +119,15 @@ def peak_memory(s):
 
 def bench_memory(argv):
     s, _ = settings(MEMORY, argv)
+    lengths = numbers(s, "lengths")
     print(f"tokens   MiB, of a step of {s.batch_size} sequences")
-    for N in numbers(s, "lengths"):  # each in a process of its own, which has a maximum of its own
+    for N in lengths:  # each in a process of its own, which has a maximum of its own
         s.seq_len = N
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            print(f"{N:6d} {pool.submit(peak_memory, s).result() / 2**20:5.0f}", flush=True)
+        try:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                print(f"{N:6d} {pool.submit(peak_memory, s).result() / 2**20:5.0f}", flush=True)
+        except BrokenExecutor:
+            raise UserError(f"{N} tokens were too many for this machine's memory") from None
 
 
 # ---- decoding ------------------------------------------------------------------------------------
@@ -132,7 +138,8 @@ def contestants_of(model, state, data, windows):
     x0 = eval.cut_windows(data.split("val"), model.config.seq_len, windows)
     if model.config.context == "block":
         found, x0 = {}, x0.to(model.cos.device)
-        for K in sorted({1, 2, model.config.block_size}):
+        S = model.config.block_size
+        for K in sorted({1, min(2, S), S}):
             nll, _ = eval.replay(model, x0, "left_to_right", K)
             how = {"mode": "block", "rule": "left_to_right", "passes": K}
             found[f"K = {K}"] = how, eval.mean_and_error(nll.cpu())
@@ -145,17 +152,19 @@ def contestants_of(model, state, data, windows):
 
 def bench_decode(argv):
     s, _ = settings(DECODE, argv)
-    check(s, least={"tokens": 1, "rounds": 1, "windows": 2})
+    check(s, {"dtype": ("auto", "float32", "bfloat16")}, {"tokens": 1, "rounds": 1, "windows": 2})
+    batches = numbers(s, "batches")
     device = machine.choose_device(s.device)
     dtype = sample.decoding_dtype(s.dtype, device)
     model, state = checkpoint.load_model(s.out_dir, device)
     data = Dataset(state["settings"]["dataset"], model.config.seq_len)
+    data.require_vocabulary(state["meta"], s.out_dir)
     start = opening(make_tokenizer(state["meta"]))
     contestants = contestants_of(model, state, data, s.windows)
     first = next(iter(contestants))
     print(f"{s.out_dir} in {dtype}: {s.tokens} tokens a row, temperature {s.temperature:g}\n"
           f"batch  mode     tokens/s  a pass  {f'of {first}':16s}  nats a token of its text")
-    for batch in numbers(s, "batches"):
+    for batch in batches:
         taken, last = {name: [] for name in contestants}, {}
         for i in range(s.rounds + 1):
             for name, (how, _) in contestants.items():

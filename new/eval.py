@@ -25,9 +25,6 @@ import math
 import sys
 from typing import NamedTuple
 
-from util.machine import choose_device  # import first: it ends with a message if torch is too old
-
-# isort: split
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -37,6 +34,7 @@ from model import at_least_float32, left_tokens
 from sample import RULES
 from util import checkpoint
 from util.data import Dataset
+from util.machine import choose_device
 from util.ngram import NGram
 from util.settings import check, guarded, public, require, settings
 

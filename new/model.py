@@ -37,6 +37,7 @@ has positions 0..N-1, so that one pass gives, for all blocks at once, what the s
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -44,8 +45,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
+
+try:
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+except ImportError:
+    print(f"error: torch {torch.__version__} is too old: pip install -r requirements.txt",
+          file=sys.stderr)
+    sys.exit(2)
 
 from corrupt import count_blocks
 from util.settings import require

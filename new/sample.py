@@ -40,15 +40,13 @@ from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
-from util.machine import autocast, choose_device, choose_dtype  # first: it checks torch's version
-
-# isort: split
 import torch
 import torch.nn.functional as F
 
 from model import attention
 from util import checkpoint
 from util.data import make_tokenizer, opening, read_text, token_id
+from util.machine import autocast, choose_device, choose_dtype
 from util.settings import check, guarded, public, require, settings
 from util.view import other_screen, printable, show
 

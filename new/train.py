@@ -21,9 +21,6 @@ from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
-from util import machine  # import first: it ends with a message if torch is too old
-
-# isort: split
 import numpy as np
 import torch
 from torch import nn
@@ -33,8 +30,8 @@ import corrupt
 import eval
 import sample
 from model import CascadeConfig, CascadeLM
-from util import checkpoint
-from util.data import Dataset, opening, prepare_shipped, writing
+from util import checkpoint, machine
+from util.data import Dataset, make_tokenizer, opening, prepare_shipped, writing
 from util.muon import Muon
 from util.settings import check, guarded, optional, public, require, settings
 from util.view import printable
@@ -249,7 +246,7 @@ def train(s, given=()):
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
         samples = s.sample_tokens and processes.main
-        tokenizer = data.tokenizer() if samples else None  # now: later it might lack a package
+        tokenizer = make_tokenizer(data.meta) if samples else None  # its package may be missing
     on_cuda = device != "cpu"
     dtype, why = machine.choose_dtype(s.dtype, device)
     compiled = s.compile == "true" or (s.compile == "auto" and on_cuda)

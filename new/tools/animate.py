@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import sample
 from util import checkpoint, view
 from util.data import make_tokenizer, opening, writing
-from util.settings import check, guarded, settings
+from util.settings import check, guarded, require, settings
 
 DEFAULTS = {
     "out_dir": "out/nano", "svg": "assets/crystallise.svg", "prompt": "", "max_new_tokens": 240,
@@ -24,7 +24,7 @@ DEFAULTS = {
     "hold_ms": 4000,  # how long the finished text stands
 }
 WIDTH, HEIGHT = 8.43, 18  # of a character, in a monospaced font of 14 pixels
-CLASSES = {view.DIM: "d", view.GREEN: "a", view.YELLOW: "o"}
+CLASSES = {view.DIM: "d", view.GREEN: "a", view.YELLOW: "o"}  # dim, accepted, own
 STYLE = """
 text {{ font: 14px ui-monospace, Menlo, Consolas, monospace; fill: #d0d7de; white-space: pre }}
 .d {{ fill: #7d8590 }} .a {{ fill: #56d364 }} .o {{ fill: #e3b341 }}
@@ -45,7 +45,8 @@ def frames(s):
     tokenizer = make_tokenizer(state["meta"])
     decode, mask_id = tokenizer.decode, model.config.mask_id
     prompt = tokenizer.encode(s.prompt).tolist() or opening(tokenizer)
-    for step in sample.generate_stream(model, [prompt], s.max_new_tokens, mode=s.mode,
+    mode = "gpt" if state["settings"]["draft_weight"] == 0 else s.mode
+    for step in sample.generate_stream(model, [prompt], s.max_new_tokens, mode=mode,
                                        temperature=s.temperature, seed=s.seed):
         figures = view.wrap([*view.LEGEND, (view.DIM, f"| {step}")], s.columns)
         yield view.wrap(view.pieces(step, 0, decode, mask_id, 10**6), s.columns), figures
@@ -85,6 +86,7 @@ def draw(pictures, s):
 def main(argv):
     s, _ = settings(DEFAULTS, argv)
     check(s, least={"columns": 20, "frame_ms": 1, "hold_ms": 1})
+    require(s.svg.endswith(".svg"), f"--svg={s.svg} must end in .svg")
     with writing(s.svg):
         Path(s.svg).write_text(draw(list(frames(s)), s), encoding="utf-8")
     print(f"{s.svg}: {Path(s.svg).stat().st_size / 1024:.0f} kB")

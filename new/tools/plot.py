@@ -25,6 +25,7 @@ def main(argv):
     runs = [arg for arg in argv if not arg.startswith("--")]
     s, _ = settings({"svg": "training.svg"}, [arg for arg in argv if arg.startswith("--")])
     require(runs, "name the folders of runs: python tools/plot.py out/nano out/ar")
+    require(s.svg.endswith(".svg"), f"--svg={s.svg} must end in .svg")
     optional("matplotlib").use("Agg")
     from matplotlib import pyplot
 
@@ -33,6 +34,8 @@ def main(argv):
     figure, axes = pyplot.subplots(figsize=(7.6, 4.4))
     for i, run in enumerate(runs):
         rows = [*csv.DictReader(read_text(Path(run, "log.csv")).splitlines())]
+        known = any(row.get(name) for row in rows for name in LINES)
+        require(known, f"{run}/log.csv has no validation yet: train on")
         for name, (line, level) in LINES.items():
             seen = [row for row in rows if row.get(name)]
             axes.plot([float(row["seconds"]) / 60 for row in seen],

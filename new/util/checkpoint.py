@@ -22,9 +22,9 @@ from util.settings import UserError, require
 
 FORMAT = 2
 # a resumed run may be given another budget (which moves the learning rate), other reports, another
-# machine, and folders that have moved; not other mathematics
+# machine, and a dataset that has moved; not other mathematics
 RESUME_MAY_CHANGE = set(
-    "out_dir init_from overwrite dataset teacher max_steps max_minutes micro_batch log_every "
+    "out_dir init_from overwrite dataset max_steps max_minutes micro_batch log_every "
     "eval_every final_windows sample_tokens wandb device dtype compile".split())
 # of another run's settings: those that its weights determine, and those that are its method
 FIXED_BY_WEIGHTS = set("n_layer n_head n_kv_head n_embd n_hidden tie_embeddings qk_norm".split())
@@ -118,5 +118,5 @@ def starting_point(s, given, defaults):
         if name not in given:
             setattr(s, name, theirs[name])
         require(name not in must_match or getattr(s, name) == theirs[name],
-                f"{path} has {name}={theirs[name]}: leave --{name} out")
+                f"{path} has {name}={theirs[name]}: leave {name}, or a config that sets it, out")
     return start

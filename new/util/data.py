@@ -3,7 +3,7 @@
     train.bin, val.bin   token ids, no header
     meta.json            {"tokenizer": "char" | "byte" | "gpt2" | "hf", "vocab_size": 84,
                           "eot": the id that ends a document, or null, "dtype": "uint8" | ...,
-                          "tokens": {"train": n, "val": n}, "bytes": those of the text in UTF-8,
+                          "tokens": {"train": n, "val": n}, "bytes": {...}, of the text in UTF-8,
                           "source": "one line",
                           "chars": "..." of char, "json": tokenizer.json of hf}
 
@@ -41,7 +41,7 @@ def data_folder(name):
 
 @contextmanager
 def writing(path):
-    """What the disk refuses in here, `path` above all, is a UserError."""
+    """An OSError in here becomes a UserError that names the file, or `path`."""
     try:
         yield
     except OSError as e:
@@ -87,9 +87,7 @@ class ByteTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding, by tiktoken, which downloads its two files once. Without a
-    network: OpenAI's vocab.bpe and encoder.json in the folder $TIKTOKEN_CACHE_DIR, under the names
-    6d1cbeee0f20b3d9449abfede4726ed8212e3aee and 6c7ea1a7e38e3a7f062df639a5b80947f075ffe6."""
+    """GPT-2's byte-pair encoding, by tiktoken, which downloads its two files once."""
 
     kind, eot, vocab_size, meta = "gpt2", 50256, 50257, {}
 
@@ -98,7 +96,7 @@ class GPT2Tokenizer:
             self.bpe = optional("tiktoken").get_encoding("gpt2")
         except OSError as e:  # those of its downloads are OSErrors too
             raise UserError(f"GPT-2's vocabulary cannot be downloaded ({type(e).__name__}): "
-                            "util/data.py says where its files are looked for") from None
+                            "data/text/readme.md says how to do without a network") from None
 
     def encode(self, text):
         return self.bpe.encode_to_numpy(text, disallowed_special=())
@@ -108,7 +106,7 @@ class GPT2Tokenizer:
 
 
 class HFTokenizer:
-    """The text of a tokenizer.json. vocab_size may exceed the tokenizer's own: models pad."""
+    """The text of a tokenizer.json. Models often round its vocab_size up."""
 
     kind = "hf"
 
@@ -125,12 +123,15 @@ class HFTokenizer:
 
     @classmethod
     def from_folder(cls, folder):
-        """That of a model's folder: vocab_size and the end-of-text token as its config.json says,
-        which may name several."""
-        c, eot = read_json(folder, "config.json"), None
-        if c.get("eos_token_id") is not None:
-            eot = int(np.ravel(c["eos_token_id"])[0])
-        return cls(json.dumps(read_json(folder, "tokenizer.json")), c["vocab_size"], eot)
+        """That of a model's folder: vocab_size and the end-of-text token, the first if there are
+        several, as its config.json says."""
+        config = read_json(folder, "config.json")
+        V, eot = config.get("vocab_size"), config.get("eos_token_id")
+        if isinstance(eot, list) and eot:
+            eot = eot[0]
+        require(isinstance(V, int) and (eot is None or eot in range(V)),
+                f"hf:{folder}: its config.json has vocab_size {V} and eos_token_id {eot}")
+        return cls(json.dumps(read_json(folder, "tokenizer.json")), V, eot)
 
     def encode(self, text):
         return np.array(self.bpe.encode(text, add_special_tokens=False).ids, np.uint32)
@@ -202,7 +203,7 @@ def read_json(folder, name):
     """An object in a file; UserError if there is none."""
     try:
         found = json.loads(Path(folder, name).read_text(encoding="utf-8"))
-        require(isinstance(found, dict), f"hf:{folder} has no object in its {name}")
+        require(isinstance(found, dict), "it is no object")
     except (OSError, ValueError) as e:
         raise UserError(f"hf:{folder} has no readable {name} ({e}): give the folder of a Llama or "
                         "Qwen3, as save_pretrained writes it") from None
@@ -218,7 +219,7 @@ def obtain(where, url):
         with urllib.request.urlopen(url, timeout=60) as reply:
             return reply.read()
     except (OSError, http.client.HTTPException) as e:
-        raise UserError(f"{where or url}: {e}; give a local copy by --input=FILE") from None
+        raise UserError(f"{e}: name a local copy of {url} by --input=FILE") from None
 
 
 def verified(content, sha256, what):
@@ -234,11 +235,11 @@ def prepare_shipped(name):
     if name == "shakespeare" and not (data_folder(name) / "meta.json").exists():
         print(f"data       {name} is not prepared yet: running its prepare.py", flush=True)
         script = runpy.run_path(str(ROOT / "data" / name / "prepare.py"))
-        script["main"].__wrapped__([])  # without its guard: a mistake is the caller's to report
+        script["main"].__wrapped__([])  # without `guarded`: a mistake is the caller's to report
 
 
 class Dataset:
-    """A prepared folder: `meta`, `tokenizer()`, and `split(name)`, ids (tokens,) on disk."""
+    """A prepared folder: `meta`, and `split(name)`, ids (tokens,) on disk."""
 
     def __init__(self, name, seq_len=1):
         folder = data_folder(name)
@@ -257,9 +258,6 @@ class Dataset:
             require(len(ids) >= seq_len, f"{split} of {folder} has {len(ids)} tokens: give more "
                                          f"text, or set --seq_len to at most that, not {seq_len}")
 
-    def tokenizer(self):
-        return make_tokenizer(self.meta)
-
     def require_vocabulary(self, meta, where):
         """UserError unless `meta`, of a checkpoint `where`, gives the ids the same meaning."""
         keys = ("tokenizer", "vocab_size", "eot", "chars", "json")
@@ -276,14 +274,16 @@ class Dataset:
 
 
 def write(folder, tokenizer, source, at_most=None, **splits):
-    """Write a dataset; one that is there is replaced when all is written. splits: train and val,
-    iterables of documents (str); each is followed by the tokenizer's end-of-text, if it has one.
-    at_most, {split: tokens}: no document is begun after so many. Prints a line for each split."""
+    """Write a dataset; one that is there is replaced when all is written. splits: train, val and
+    others, iterables of documents (str). Each document is followed by the tokenizer's end-of-text,
+    if it has one. at_most, {split: tokens}: no document is begun after so many."""
     folder, V = Path(folder), tokenizer.vocab_size
     dtype = "uint8" if V <= 2**8 else "uint16" if V <= 2**16 else "uint32"
     meta = {"tokenizer": tokenizer.kind, "vocab_size": V, "eot": tokenizer.eot, "dtype": dtype,
             "tokens": {}, "bytes": {}, "source": source, **tokenizer.meta}
     end = b"" if tokenizer.eot is None else np.array([tokenizer.eot], dtype).tobytes()
+    ours = (folder / "meta.json").exists() or not (folder / "train.bin").exists()
+    require(ours, f"{folder}/train.bin is of another project: choose another name")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with writing(folder), tempfile.TemporaryDirectory(dir=folder) as new:
@@ -291,7 +291,10 @@ def write(folder, tokenizer, source, at_most=None, **splits):
             size = 0
             with open(Path(new, f"{split}.bin"), "wb") as f:
                 for text in documents:
-                    f.write(tokenizer.encode(text).astype(dtype).tobytes() + end)
+                    ids = tokenizer.encode(text)
+                    require(ids.max(initial=0) < V, f"a token is {ids.max(initial=0)}, and the "
+                            f"vocabulary has {V}: its config.json and tokenizer.json do not fit")
+                    f.write(ids.astype(dtype).tobytes() + end)
                     size += len(text.encode(errors="replace"))
                     tokens = f.tell() // np.dtype(dtype).itemsize
                     if at_most and tokens >= at_most[split]:

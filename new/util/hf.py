@@ -30,19 +30,19 @@ QK_NORM = {"LlamaForCausalLM": False, "Qwen3ForCausalLM": True}
 SHAPE = {"vocab_size": "vocab_size", "n_embd": "hidden_size", "n_hidden": "intermediate_size",
          "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
          "n_kv_head": "num_key_value_heads", "head_dim": "head_dim", "norm_eps": "rms_norm_eps"}
-PLAIN = {  # what this network has of what a config.json may ask for; the first is the default
-    "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
-    "use_sliding_window": (False,), "quantization_config": (None,), "rope_type": ("default",),
-    "type": ("default",), "factor": (1,), "partial_rotary_factor": (1,),
-}
+PLAIN = {  # what this network has of what a config.json, with its rope_scaling, may ask for
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
+    "quantization_config": None, "rope_type": "default", "type": "default", "factor": 1,
+    "partial_rotary_factor": 1}
 
 
 # ---- in ------------------------------------------------------------------------------------------
 
 
-def read_config(folder):
+def read_shape(folder):
     """(fields of CascadeConfig, the longest context that the model has seen) of config.json."""
     found = read_json(folder, "config.json")
+    # this decides where it is given, whatever the width
     found.setdefault("use_sliding_window", found.get("sliding_window") is not None)
     name = " ".join(found.get("architectures") or ["missing"])
     require(name in QK_NORM, f"hf:{folder}: its architecture is {name}, not {' or '.join(QK_NORM)}")
@@ -50,15 +50,16 @@ def read_config(folder):
         found |= found.get(key) or {}
     layers = set(found.get("layer_types") or ["full_attention"])
     require(layers == {"full_attention"}, f"hf:{folder}: this network lacks its {sorted(layers)}")
-    for key, allowed in PLAIN.items():
-        require(found.get(key, allowed[0]) in allowed,
+    for key, ours in PLAIN.items():
+        require(found.get(key, ours) == ours,
                 f"hf:{folder}: its {key} is {found.get(key)!r}, which this network lacks")
-    missing = [key for key in SHAPE.values() if key not in found and key != "head_dim"]
+    missing = [key for key in SHAPE.values() if not found.get(key)
+               and key not in ("head_dim", "num_key_value_heads")]
     require(not missing, f"hf:{folder}: its config.json lacks {', '.join(missing)}")
     shape = {ours: found.get(theirs) or 0 for ours, theirs in SHAPE.items()}  # 0: from the others
-    shape |= {"rope_base": float(found.get("rope_theta", 10000)), "qk_norm": QK_NORM[name],
+    shape |= {"rope_base": float(found.get("rope_theta") or 10000), "qk_norm": QK_NORM[name],
               "tie_embeddings": bool(found.get("tie_word_embeddings"))}
-    return shape, found.get("max_position_embeddings", math.inf)
+    return shape, found.get("max_position_embeddings") or math.inf
 
 
 def read_weights(folder, shape):
@@ -82,7 +83,7 @@ def read_weights(folder, shape):
     with torch.device("meta"):
         config = CascadeConfig(**shape, seq_len=1, block_size=1, local_window=0)
         want = {name: w.shape for name, w in CascadeLM(config).state_dict().items()}
-    rows = weights.get("embed_tokens.weight", torch.zeros(1, 1))
+    rows = weights.get("embed_tokens.weight", torch.zeros(1, 1))  # if missing, it is named below
     weights["embed_tokens.weight"] = torch.cat([rows, rows.mean(dim=0, keepdim=True)])
     found = {name: w.shape for name, w in weights.items()}
     wrong = [name for name in found | want if found.get(name) != want.get(name)]
@@ -93,7 +94,7 @@ def read_weights(folder, shape):
 
 def read_folder(folder, seq_len):
     """A state as util/checkpoint.py's, of a GPT: what training starts from."""
-    shape, longest = read_config(folder)
+    shape, longest = read_shape(folder)
     require(seq_len <= longest, f"hf:{folder} has read {longest} tokens at most: set --seq_len")
     tokenizer = HFTokenizer.from_folder(folder)
     return {"config": shape, "settings": {"draft_weight": 0.0},
@@ -106,7 +107,7 @@ def read_folder(folder, seq_len):
 
 
 def write_folder(folder, config, weights, meta):
-    """The GPT level of `weights`, a model's state dict, as read_config and read_weights read it;
+    """The GPT level of `weights`, a model's state dict, as read_shape and read_weights read it;
     and its tokenizer.json, if it has one. [MASK] and the local head stay behind."""
     save = optional("safetensors.torch").save_file
     kind = "Qwen3" if config.qk_norm else "Llama"

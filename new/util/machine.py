@@ -5,18 +5,13 @@ import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from util.settings import UserError, require
-
-if torch.__version__ < (2, 5):
-    print(f"error: torch {torch.__version__} lacks FlexAttention and grouped heads: pip install -r "
-          "requirements.txt", file=sys.stderr)
-    sys.exit(2)
 
 # dense bf16 FLOP/s by the vendors' data sheets, for the MFU; TF32 has half of that
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -25,7 +20,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "R
 def choose_device(name, local_rank=0, world=1):
     """The device that a setting stands for, of this process; "auto": cuda where there is one."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    require(world == 1 or ":" not in name, f"--device={name} is one for all processes: set auto")
+    require(world == 1 or ":" not in name, f"every process would use --device={name}: set auto")
     name = ("cuda" if gpus else "cpu") if name == "auto" else name
     name = f"cuda:{local_rank}" if name == "cuda" else name
     require(name in ("cpu", *(f"cuda:{i}" for i in range(gpus))), f"{name} is not on this machine "
@@ -52,7 +47,7 @@ def choose_dtype(name, device):
 def autocast(device, dtype):
     """The context that computes in dtype; weights stay float32."""
     on = dtype == "bfloat16"
-    return torch.autocast(device.partition(":")[0], torch.bfloat16) if on else nullcontext()
+    return torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=on)
 
 
 def peak_flops(device, dtype):
@@ -66,10 +61,9 @@ def step_flops(model, s):
     """FLOPs of a step, as nanoGPT counts them: 6 for each weight that a token passes through, and
     12 H D N a layer for attention. Clean tokens pass through the layers and the head; noisy ones,
     as if all were masked, through the local head as well."""
-    c, local = model.config, 0
+    c = model.config
     weights = sum(p.numel() for p in model.layers.parameters()) + model.head_weight().numel()
-    if model.local:
-        local = sum(p.numel() for p in model.local.mlp.parameters())
+    local = sum(p.numel() for p in model.local.mlp.parameters()) if model.local else 0
     flops = 6 * weights + 12 * c.n_layer * c.n_head * c.head_dim * c.seq_len  # of a clean token
     if s.draft_weight:
         flops = 2 * flops + 6 * local

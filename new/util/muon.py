@@ -3,7 +3,8 @@
 Keller Jordan's (https://kellerjordan.github.io/posts/muon); rule and constants are those of
 torch.optim.Muon with adjust_lr_fn="match_rms_adamw": an update has RMS 0.2 lr, as AdamW's. That one
 computes in bf16, matrix by matrix: 25 times slower on a processor without bf16 units. Here matrices
-of one shape go together, in float32 on a CPU, and attention's head by head: fewer FLOPs.
+of one shape go together, in float32 on a CPU, and each head of attention is a matrix of its own: a
+slightly other update, of fewer FLOPs.
 """
 
 import torch

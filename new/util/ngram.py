@@ -26,6 +26,8 @@ class NGram:
             histories = np.arange((keys[-1] // V if n > 1 else 0) + 2)
             first = np.searchsorted(keys // V, histories)
             total = np.concatenate([[0], count.cumsum()])[first]
+            # the grams, sorted; how often each occurs; where those of a history begin; how often it
+            # occurs. An id of -1 matches none
             self.levels.append((keys, count, first, np.diff(total)))
 
     def probabilities(self, before):

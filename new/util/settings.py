@@ -58,7 +58,8 @@ def typed(name, value, default, where):
 
 def read_config(name):
     """{name: value} that a config file assigns. Its path is as given, or below the repository."""
-    path = next((p for p in (Path(name), ROOT / name) if p.is_file()), None)
+    found = (p for p in (Path(name), ROOT / name) if p.is_file() and p.suffix == ".py")
+    path = next(found, None)
     require(path, f"no config file {name}; settings are written --key=value")
     try:
         found = runpy.run_path(str(path))
@@ -90,17 +91,16 @@ def settings(defaults, argv):
 
 
 def check(s, choices=(), least=(), most=()):
-    """UserError unless settings are among their `choices`, not below `least`, which is 0 of all
-    other numbers, and not above `most`: {name: value or values} each."""
-    choices, most = dict(choices), dict(most)
+    """UserError unless settings are among their `choices`, which are taken in any case, at least
+    `least`, or 0, and at most `most`: {name: value or values} each."""
     numbers = {name: 0 for name, value in vars(s).items() if type(value) in (int, float)}
-    for name, allowed in choices.items():
+    for name, allowed in dict(choices).items():
         setattr(s, name, getattr(s, name).lower())
         require(getattr(s, name) in allowed,
                 f"--{name} must be {' or '.join(allowed)}, not {getattr(s, name)!r}")
     for name, low in (numbers | dict(least)).items():
         require(getattr(s, name) >= low, f"--{name} must be {low} or more, not {getattr(s, name)}")
-    for name, top in most.items():
+    for name, top in dict(most).items():
         require(getattr(s, name) <= top, f"--{name} must be {top} or less, not {getattr(s, name)}")
 
 
@@ -109,7 +109,8 @@ def optional(package):
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise UserError(f"this needs {package}: pip install {package}") from None
+        name = package.partition(".")[0]
+        raise UserError(f"this needs {name}: pip install {name}") from None
 
 
 def guarded(main):

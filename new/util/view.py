@@ -36,9 +36,9 @@ def wrap(styled, width):
 
 
 def pieces(step, row, decode, mask_id, least):
-    """(style, text) of the last tokens of a row, `least` or more. They begin at a multiple of it,
-    which changes seldom, and so do the line breaks. (A character made of several tokens may show
-    as a replacement sign.)"""
+    """(style, text) of the last tokens of a row, `least` or more. The beginning jumps by `least`
+    tokens, so that lines do not flow anew with each token. (A character made of several tokens may
+    show as a replacement sign.)"""
     begin = max(0, len(step.rows[row]) // least - 1) * least
     tokens = zip(step.kinds[row][begin:], step.rows[row][begin:], strict=True)
     for kind, group in groupby(tokens, key=lambda pair: pair[0]):

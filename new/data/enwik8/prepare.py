@@ -27,7 +27,7 @@ def unpack(content):
             return gzip.decompress(content)
         if content[:2] == b"PK":
             return zipfile.ZipFile(io.BytesIO(content)).read("enwik8")
-    except (OSError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as e:
+    except (OSError, EOFError, KeyError, RuntimeError, zlib.error, zipfile.BadZipFile) as e:
         raise UserError(f"the archive of enwik8 is damaged ({e}): fetch it again") from None
     return content
 

@@ -33,6 +33,8 @@ def texts(files):
     load = optional("datasets").load_dataset
     try:
         for row in load(**source, split="train", streaming=True):
+            if not isinstance(row["text"], str):
+                raise TypeError("a row without text")
             yield row["text"]
     except Exception as e:  # its readers and its network raise errors of several packages
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"

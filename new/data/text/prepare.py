@@ -5,12 +5,13 @@
     python data/text/prepare.py FILE --name=mine --tokenizer=hf:DIR    as a model of Hugging Face's
 
 Every file is a document, read once however often it is named; in folders, hidden files are left
-out. Validation takes whole files in a random order (always the same) while they fit into its share,
-and then the end of the largest file for what is missing. It gets VAL_CHARACTERS at least, or half
-of a shorter text.
+out, and links to folders are not followed. Validation takes whole files in a random order (always
+the same) while they fit into its share, and then the end of the largest other file for what is
+missing. It gets VAL_CHARACTERS at least, or half of a shorter text.
 """
 
 import random
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ tokenizer = "byte"  # byte, char, gpt2 or hf:DIR
 val = 0.1  # share of the characters that validate
 # --------------------------------------------------------------------------------------------------
 DEFAULTS = public(dict(globals()))
-VAL_CHARACTERS = 5000  # about 20 windows of 256
+VAL_CHARACTERS = 5000  # by bytes about 20 windows of 256
 
 
 def find_files(paths):
@@ -40,20 +41,22 @@ def find_files(paths):
     return sorted(files)
 
 
-def choose_validation(sizes, share):
-    """(files, file, n): what validates of texts of `sizes`, {file: characters}. Whole files, and
-    the last n characters of one file more."""
-    total, chosen = sum(sizes.values()), []
+def validation_tails(sizes, share):
+    """{file: how many of its last characters validate} of texts of `sizes`, {file: characters}:
+    whole files, and the end of one more."""
+    total, tails = sum(sizes.values()), dict.fromkeys(sizes, 0)
     missing = max(total - int((1 - share) * total), min(VAL_CHARACTERS, total // 2))
     missing = min(missing, total - 1)
     for file in random.Random(0).sample(list(sizes), len(sizes)):
         if sizes[file] <= missing:
-            chosen.append(file)
+            tails[file] = sizes[file]
             missing -= sizes[file]
-    return chosen, max(sizes.keys() - set(chosen), key=lambda file: (sizes[file], file)), missing
+    rest = [file for file in sizes if tails[file] == 0]
+    tails[max(rest, key=lambda file: (sizes[file], file))] = missing
+    return tails
 
 
-def make_tokenizer(kind, characters):
+def choose_tokenizer(kind, characters):
     if kind.startswith("hf:"):
         return data.HFTokenizer.from_folder(kind.removeprefix("hf:"))
     kinds = {"byte": data.ByteTokenizer, "gpt2": data.GPT2Tokenizer,
@@ -67,8 +70,10 @@ def main(argv):
     paths = [arg for arg in argv if not arg.startswith("--")]
     s, _ = settings(DEFAULTS, [arg for arg in argv if arg.startswith("--")])
     require(paths and s.name, "say what to read and what to call it: prepare.py FILE --name=mine")
-    require(not (ROOT / "data" / s.name / "prepare.py").exists(),
-            f"data/{s.name} has a prepare.py of its own: choose another --name")
+    folder = data.data_folder(s.name)
+    for place in (folder, ROOT / "data" / s.name):
+        require(not (place / "prepare.py").exists(),
+                f"{place} has a prepare.py of its own: choose another --name")
     require(0 < s.val < 1, f"--val must be between 0 and 1, not {s.val}")
     sizes, characters = {}, set()
     for file in find_files(paths):  # all are read before anything is written
@@ -77,23 +82,15 @@ def main(argv):
         if text:
             sizes[file] = len(text)
     require(sum(sizes.values()) > 1, f"there is no text in {', '.join(paths)}")
-    encoder = make_tokenizer(s.tokenizer, characters)
-    chosen, cut, n = choose_validation(sizes, s.val)
-
-    def training():
-        for file in sizes:
-            if file not in chosen:
-                yield data.read_text(file)[: sizes[file] - (n if file == cut else 0)]
-
-    def validation():
-        yield from map(data.read_text, chosen)
-        if n:
-            yield data.read_text(cut)[-n:]
-
-    print(f"{len(sizes)} files; {len(chosen)} of them and {n:,} characters of {cut} validate")
-    folder, source = data.data_folder(s.name), " ".join(paths)
-    data.write(folder, encoder, source, train=training(), val=validation())
-    print(f"next: python train.py config/nano.py --dataset={s.name} --out_dir=out/{s.name}")
+    encoder, tails = choose_tokenizer(s.tokenizer, characters), validation_tails(sizes, s.val)
+    whole = sum(tails[file] == sizes[file] for file in sizes)
+    print(f"{len(sizes)} files, of which {whole} and the end of one validate")
+    train = (data.read_text(f)[: sizes[f] - tails[f]] for f in sizes if tails[f] < sizes[f])
+    val = (data.read_text(f)[sizes[f] - tails[f] :] for f in sizes if tails[f] > 0)
+    data.write(folder, encoder, " ".join(paths), train=train, val=val)
+    start = f"--init_from={s.tokenizer}" if s.tokenizer.startswith("hf:") else "config/nano.py"
+    print("next:", shlex.join(["python", "train.py", start, f"--dataset={s.name}",
+                               f"--out_dir=out/{folder.name}"]))
 
 
 if __name__ == "__main__":
