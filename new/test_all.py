@@ -23,7 +23,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 import traceback
 import warnings
@@ -111,17 +110,15 @@ def tiny_model(seed=0, std=0.3, **shape):
     if shape.get("context") == "block":
         shape["local_window"] = 0
     net, g = CascadeLM(CascadeConfig(**shape)), generator(seed)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * std)
+    for p in net.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=g) * std)
     return net
 
 
 def batch_for(net, batch=3):
     """(x0, xt, index): random tokens and the noise that a model of this shape trains on."""
-    c = net.config
+    c, noise = net.config, "full" if net.config.local_window else "balanced"
     x0 = torch.randint(c.vocab_size, (batch, c.seq_len), generator=generator(1))
-    noise = "full" if c.local_window else "balanced"
     noisy = all_blocks(x0, c.block_size, c.mask_id, generator(2), noise)
     return x0, noisy.xt, noisy.mask.flatten().nonzero()[:, 0]
 
@@ -153,6 +150,7 @@ def test_reference_script():
     script = started("reference.py")
     out, err = script.communicate()
     assert script.returncode == 0 and out.count("PASS  ") == 4, out + err
+    assert out.endswith("All CASCADE block-attention and cache tests passed\n"), out
 
 
 @torch.no_grad()
@@ -504,7 +502,7 @@ def test_settings(folder):
     for word, text in (("ZeroDivision", "1/0"), ("str", "name = 3"), ("unknown", "stps = 1")):
         config.write_text(text)
         wrong(word, argv=[str(config)])
-    refuses("pip install nothing", settings.optional, package="nothing")
+    refuses("pip install nothing", settings.optional, package="nothing.at.all")
 
 
 def test_tokenizers(folder):
@@ -538,16 +536,6 @@ def test_tokenizers(folder):
     return f"{', '.join(t.kind for t in found)} {said}"
 
 
-def test_shipped_text(folder):
-    """The text that ships here is prepared on its own, into $CASCADE_DATA where that is set."""
-    with patch.dict(os.environ, CASCADE_DATA=folder), redirect_stdout(io.StringIO()):
-        data.prepare_shipped("shakespeare")
-        read = data.Dataset("shakespeare")
-    assert read.folder == Path(folder, "shakespeare") and read.split("train").max() == 83
-    assert read.meta["tokens"] == {"train": 4_551_552, "val": 505_728}
-    assert "AGAMEMNON." in data.make_tokenizer(read.meta).decode(read.split("val")[:2000])
-
-
 def prepared(name, *argv):
     """What data/name/prepare.py does: (exit code, stdout, stderr)."""
     script = runpy.run_path(str(HERE / "data" / name / "prepare.py"))
@@ -559,7 +547,7 @@ def test_prepare_text(folder):
     left out; validation has its share, whatever the sizes; what is no text is refused by name, and
     the dataset that is there stays."""
     texts = Path(folder, "texts")
-    Path(texts, ".git").mkdir(parents=True)
+    (texts / ".git").mkdir(parents=True)
     for name, content in (("book.txt", b"\xef\xbb\xbfThe king.\r\n" + b"It was night. " * 5000),
                           ("a.txt.gz", gzip.compress(b"Gone. " * 20)), ("empty.txt", b""),
                           ("b.txt.xz", lzma.compress(b"Exit. " * 20)), (".git/x", b"\x00")):
@@ -587,8 +575,9 @@ def test_prepare_text(folder):
 
 
 def test_prepare_others(folder):
-    """Downloads and local copies must have the hash that is known; enwik8 comes out of archives;
-    the first documents of FineWeb-Edu validate, and none is begun after the tokens asked for."""
+    """The text that ships here prepares itself. Downloads and local copies must have the hash that
+    is known; enwik8 comes out of archives; the first documents of FineWeb-Edu validate, and none is
+    begun after the tokens asked for."""
     wrong, zipped = Path(folder, "wrong.txt"), io.BytesIO()
     wrong.write_text("To be")
     with zipfile.ZipFile(zipped, "w") as archive:
@@ -597,10 +586,17 @@ def test_prepare_others(folder):
     for content in (b"To be", gzip.compress(b"To be"), zipped.getvalue()):
         assert unpack(content) == b"To be"
     refuses("damaged", unpack, content=gzip.compress(b"To be")[:-9])
+    few = SimpleNamespace(kind="hf", vocab_size=98, eot=None, meta={}, encode=np.array)
+    refuses("do not fit", partial(data.write, f"{folder}/few", few, "", train=[[97, 98]]))
     rows = [{"text": f"{i:3d} " * 25} for i in range(40)]  # 100 bytes each
     stub = SimpleNamespace(load_dataset=lambda **_: iter(rows))
     with patch.dict(os.environ, CASCADE_DATA=folder), patch.dict(sys.modules, datasets=stub), \
             patch.object(data, "GPT2Tokenizer", data.ByteTokenizer):
+        with redirect_stdout(io.StringIO()):
+            data.prepare_shipped("shakespeare")
+        read = data.Dataset("shakespeare")
+        assert read.meta["tokens"] == {"train": 4_551_552, "val": 505_728}
+        assert "AGAMEMNON." in data.make_tokenizer(read.meta).decode(read.split("val")[:2000])
         for name in ("shakespeare_char", "enwik8"):
             for word, where in (("sha256", wrong), ("local copy", "nothing")):
                 code, _, err = prepared(name, f"--input={where}")
@@ -650,19 +646,16 @@ def test_hf(folder):
         with torch.no_grad():
             theirs = AutoModelForCausalLM.from_pretrained(to)(tokens).logits
             assert diff(model_.logits_of(tokens), theirs) < 1e-4
-    config = json.loads((to / "config.json").read_text())
+    config, weights = json.loads((to / "config.json").read_text()), to / "model.safetensors"
+    st.save_file(st.load_file(weights) | {"model.q.bias": torch.ones(16)}, weights)
     for word, changes in (
-        ("architecture", {"architectures": ["MistralForCausalLM"]}),
+        ("architecture", {"architectures": ["MistralForCausalLM"]}), ("q.bias", {}),
         ("rope_type", {"rope_scaling": {"rope_type": "llama3", "factor": 8}}),
         ("sliding_window", {"sliding_window": 8}), ("attention_bias", {"attention_bias": True}),
-        ("tokens at most", {"max_position_embeddings": 8}), ("lm_head", {"vocab_size": 8}),
+        ("tokens at most", {"max_position_embeddings": 8}), ("eos_token_id", {"eos_token_id": 9}),
     ):
         (to / "config.json").write_text(json.dumps(config | changes))
         refuses(word, hf.read_folder, folder=to, seq_len=16)
-    (to / "config.json").write_text(json.dumps(config))
-    weights = st.load_file(to / "model.safetensors") | {"model.q.bias": torch.ones(16)}
-    st.save_file(weights, to / "model.safetensors")
-    refuses("q.bias", hf.read_folder, folder=to, seq_len=16)
     return f"Llama and Qwen3 out and in, 7 refused{said}"
 
 
@@ -687,11 +680,9 @@ def test_bench_and_tools(folder):
     code, _, err = command(tools[0], [f"--out_dir={folder}/run", f"--svg={svg}"])
     frames = ElementTree.parse(svg).getroot().findall("{http://www.w3.org/2000/svg}g")
     assert code == 0 and "240 tokens" in "".join(frames[-1].itertext()) and len(frames) > 20, err
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        return "SKIPPED the plot: matplotlib is not installed"
     code, _, err = command(tools[1], [f"{folder}/run", f"{folder}/block", f"--svg={svg}"])
+    if "pip install matplotlib" in err:
+        return "SKIPPED the plot: matplotlib is not installed"
     assert code == 0 and svg.read_text().count("line2d") > 3, err
 
 
@@ -926,7 +917,6 @@ def test_refusals():
         ("multiple", CascadeConfig, {"seq_len": 15}), ("n_layer", CascadeConfig, {"n_layer": 0}),
         ("divisible", CascadeConfig, {"n_embd": 100}), ("odd", CascadeConfig, {"head_dim": 5}),
         ("local_window", CascadeConfig, {"context": "block"}),
-        # of the table in check_training; what it allows is trained in other tests
         ("noise=full", cascade, {"noise": "balanced"}),
         ("set soft", cascade, {"noise": "full", "teacher": True}),
         ("local_window=0", cascade, {"noise": "full", "draft_weight": 0}),
@@ -989,10 +979,9 @@ def test_mistakes(folder):
         ("no checkpoint", "--out_dir=nothing"), ("no split", this, "--split=test"),
         ("vocabulary", this, f"--dataset={other}"),
     ), sample: (
-        ("no checkpoint", "--out_dir=nothing"), ("text file", this, "--prompt=FILE:nothing"),
-        ("not UTF-8", this, f"--prompt=FILE:{folder}/latin-1.txt"), ("or less", this, "--drafts=4"),
-        ("no 'q'", this, "--prompt=q"), ("2 tokens", this, "--stop=ab"),
-        ("or gpt", f"--out_dir={folder}/gpt", "--mode=verify"),
+        ("not UTF-8", this, f"--prompt=FILE:{folder}/latin-1.txt"), ("2 tokens", this, "--stop=ab"),
+        ("no 'q'", this, "--prompt=q"), ("or gpt", f"--out_dir={folder}/gpt", "--mode=verify"),
+        ("text file", this, "--prompt=FILE:nothing"), ("or less", this, "--drafts=4"),
     )}
     for script, table in mistakes.items():
         for word, *argv in table:
@@ -1104,12 +1093,12 @@ def test_decoding_blocks():
     """Mode block at temperature 0 writes what the oracle does, past the end of the context: drafts
     of a causal context; by four rules, behind prompts that do not fill a block."""
     tiny = partial(tiny_model, vocab_size=5, n_layer=1, n_head=2, seq_len=12)
-    block = tiny(block_size=4, context="block")
+    block = tiny(std=0.5, block_size=4, context="block")
     for net, how in (
         (tiny(block_size=3), {}), (tiny(block_size=4, local_window=0), {}),
         (tiny(block_size=12), {}), (tiny(block_size=12, context="block"), {"passes": 5}),
         (block, {"passes": 3, "rule": "left_to_right"}), (block, {"passes": 4}),
-        (block, {"rule": "threshold", "limit": 0.45}), (block, {"rule": "entropy", "limit": 1.0}),
+        (block, {"rule": "threshold", "limit": 0.45}), (block, {"rule": "entropy", "limit": 1.3}),
     ):
         c, want = net.config, [[*row] for row in PROMPTS]
         for row in want:
@@ -1126,16 +1115,17 @@ def test_decoding_blocks():
 @torch.no_grad()
 def test_replay():
     """The NLL and the passes of a rule's own order, all blocks at once, are the oracle's."""
-    net = tiny_model(seq_len=12, block_size=4, context="block", vocab_size=5, n_layer=1, n_head=2)
+    net = tiny_model(std=0.5, seq_len=12, block_size=4, context="block", vocab_size=5, n_layer=1)
     x0, worst = torch.randint(5, (3, 12), generator=generator(1)), Worst()
     for rule, K, limit in (("left_to_right", 1, 0), ("left_to_right", 3, 0), ("confidence", 2, 0),
-                           ("confidence", 4, 0), ("threshold", 1, 0.45), ("entropy", 1, 1.0)):
+                           ("confidence", 4, 0), ("threshold", 1, 0.45), ("entropy", 1, 1.3)):
         nll, passes = eval.replay(net, x0, rule, K, limit)
         for row, lo in itertools.product(range(3), (0, 4, 8)):
             before, block = x0[row, :lo].tolist(), x0[row, lo : lo + 4].tolist()
             _, want, n = slow_block(net, before, [5] * 4, rule, K, limit, truth=block)
             worst.note(rule, nll[row, lo : lo + 4].sum(), want)
             assert passes[row, lo // 4] == n, (rule, K)
+        assert limit == 0 or len(passes.unique()) > 1, f"{rule} chooses nothing"
     return worst.within(5e-6)
 
 
@@ -1175,8 +1165,7 @@ def slow_truncation(p, temperature, top_k, top_p):
 
 
 def chi_square(rows, texts, exact):
-    """How far the frequencies of `texts` (M, N) in `rows` are from their probabilities `exact`, in
-    standard deviations of chi-square."""
+    """How many standard deviations `rows` are off the probabilities `exact` of `texts` (M, N)."""
     count = Counter(map(tuple, rows))
     found, expected = torch.tensor([count[tuple(t)] for t in texts.tolist()]), exact * len(rows)
     assert (found[exact == 0] == 0).all(), "a token that was cut off was drawn"
@@ -1276,14 +1265,13 @@ def test_decoding_ends():
             text = whole[len(prompt) :]
             end = text.index(stop_token) if stop_token in text else len(text)
             assert row == whole[: len(prompt) + end], (mode, stop_token)
-    assert sample.generate(net, PROMPTS, 0) == PROMPTS
     rows = sample.generate(block, PROMPTS, 40, temperature=100.0, passes=1)
     assert {*itertools.chain(*rows)} == {*range(5)}
-    for (any_, mode), count in itertools.product(
+    for (each, mode), count in itertools.product(
         ((net, "gpt"), (net, "verify"), (net, "block"), (block, "block")), (1, 2, 7, 13)
     ):
-        with patch.object(any_, "trunk", wraps=any_.trunk) as trunk:  # one token: nothing to read
-            *_, step = sample.generate_stream(any_, [[1]], count, mode=mode)
+        with patch.object(each, "trunk", wraps=each.trunk) as trunk:  # one token: nothing to read
+            *_, step = sample.generate_stream(each, [[1]], count, mode=mode)
             assert step.passes == trunk.call_count, (mode, count)
     rows = [sample.generate(net, [[1]], 30, seed=seed) for seed in (1, 1, 2)]
     assert rows[0] == rows[1] != rows[2], "the seed"
@@ -1335,7 +1323,7 @@ def run(name):
     try:
         with tempfile.TemporaryDirectory() as folder:  # for those that ask for one
             line = test(folder) if inspect.signature(test).parameters else test()
-        line = line or textwrap.shorten(test.__doc__, 100, placeholder=" ...")  # nothing measured
+        line = line or " ".join(test.__doc__.split())[:90] + " ..."  # nothing measured
     except Exception as e:
         verdict, line = "FAIL", f"{type(e).__name__}: {e}"
         traceback.print_exc()
