@@ -1,90 +1,76 @@
-"""How tokens are masked and what the loss weighs: the diffusion of CASCADE.
+"""How tokens are masked, and what the loss weighs.
 
-A sequence is cut into blocks of S tokens. Blocks are predicted left to right; inside a block k
-tokens are replaced by [MASK], and the network predicts them from the rest of the block and from
-all earlier blocks. With a uniform count k and a uniform set M of k positions, for one block,
+A sequence is cut into blocks of S tokens, which are predicted left to right. Inside a block k
+tokens are replaced by [MASK], and the network predicts them from the rest of the block and from all
+earlier blocks. With k uniform on 1..S, and k masked positions of the block drawn uniformly,
 
-    -log p(x^b | x^{<b})  <=  E_{k ~ U{1..S}} E_{|M| = k} [ S/k * sum_{i in M} -log p(x_i | ...) ]
+    -log p(block | earlier blocks)  <=  E[ S/k * sum_{i masked} -log p(x_i | what is visible) ]
 
-Divided by S, per token: the mean cross-entropy over the masked positions, averaged uniformly over
-k. Masking every token independently at a rate m ~ U(0, 1] with the weight 1/m gives the same
-number: both average over the same orders in which a block is revealed.
+This is the bound. Masks at a rate m ~ U(0, 1], with 1/m for S/k, give the same number. The weights
+below are these over S, so that a block's sum is in nats per token.
 
-    schedule   draws                                           weight of a masked token (per token)
-    balanced   every k in 1..S equally often, exactly k masked 1 / k
-    tilted     k with P(k) ~ 1 / sqrt(k), exactly k masked     1 / (k S P(k))
-    uniform    m ~ U[m_min, 1], each token masked at rate m    1 / (m S)
-    clipped    m ~ U[clip_low, clip_high], else as uniform     1 / (m S), no bound: for training
+    noise      draws                                             weight of each masked token
+    balanced   every k in 1..S equally often, exactly k masked   1 / k
+    uniform    m ~ U[m_min, 1], each token masked at rate m      1 / (m S); the bound for m_min -> 0
+    clipped    m ~ U[clip_low, clip_high], else as uniform       1 / (m S); for training, no bound
+    full       k = S: every block is masked completely           1 / S
 
-Without full_share `balanced` masks equally many tokens in every batch of whole strata; it is
-what evaluation uses, always. `uniform` is the noise of BD3-LM and LLaDA; it leaves out rates below
-m_min, which are a share m_min of the average.
-
-All of it is a pure function of its arguments and of a CPU generator. So the noise of a step depends
-on (seed, step) and never on the device or on the number of processes.
+`uniform` is the noise of MDLM and LLaDA, `clipped` that of BD3-LM (arXiv 2503.09573); `full` trains
+drafts. CASCADE's Phase 1 note is the text that this project began with: one target block in a
+sequence, and another weighting. All is a pure function of its arguments and a CPU generator: drawn
+for the global batch, and then sliced, noise depends neither on the device nor on the processes.
 """
 
 from math import gcd
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-WEIGHTINGS = ("elbo", "cascade")
+from util.settings import require
 
 
 class Rates(NamedTuple):
-    """The mask rates that `uniform` and `clipped` draw from; and full_share, the share of blocks
-    that `balanced` and `tilted` mask completely besides those that their own k does."""
+    """Mask rates: `uniform` draws from [m_min, 1], `clipped` from [clip_low, clip_high]."""
 
     m_min: float = 1e-3
     clip_low: float = 0.3
     clip_high: float = 0.8
-    full_share: float = 0.0
-
-    def check(self, schedule):
-        """Raises ValueError unless rates lie in (0, 1], since 0 would leave a block no loss, and
-        full_share suits the schedule."""
-        if not (0 < self.m_min <= 1 and 0 < self.clip_low <= self.clip_high <= 1):
-            raise ValueError(f"mask rates must satisfy 0 < low <= high <= 1, not {self[:3]}")
-        if not 0 <= self.full_share < 1:
-            raise ValueError(f"full_share must lie in [0, 1), not {self.full_share}")
-        if self.full_share and schedule not in ("balanced", "tilted"):
-            raise ValueError(f"{schedule} noise has no share of full blocks: set --full_share=0")
-
-
-RATES = Rates()
 
 
 class Noisy(NamedTuple):
-    """B corrupted sequences of N tokens in nb blocks; copies=2: all but `block` are (2, B, ...).
+    """B corrupted sequences with T target blocks each: all nb, or 1 with `corrupt_target_block`.
 
     xt      (B, N) int64    tokens, `mask_id` where masked
-    mask    (B, N) bool     the positions that carry loss
-    weight  (B, N) float32  weight of each position's cross-entropy, 0 where mask is False:
-                            sum(weight * nll) / (number of target blocks) is in nats per token
-    m       (B, T) float64  mask rate of each target block, k / S where k is what is drawn
-    block   (B, T) int64    index of each target block: T = nb, or 1 with `corrupt_target_block`
+    mask    (B, N) bool     the masked positions that the loss is over
+    weight  (B, N) float32  weight of each position's NLL, 0 where mask is False
+    block   (B, T) int64    index of each target block
+    m       (B, T) float64  its mask rate; k / S where k is what is drawn
     """
 
     xt: torch.Tensor
     mask: torch.Tensor
     weight: torch.Tensor
-    m: torch.Tensor
     block: torch.Tensor
+    m: torch.Tensor
 
 
-# ---- noise schedules: (u, score, rates) -> (mask (..., S) bool, weight (..., S), m (...)) --------
-# u (...) uniform on [0, 1) and stratified, one for each block; score (..., S) uniform, one a token
+def masked_diffusion_loss(nll, weight, num_blocks):
+    """sum_i weight_i * nll_i / num_blocks: the loss in nats per token, of masked tokens (M,).
+    num_blocks: target blocks in the global batch, so that how it is shared out changes nothing."""
+    require(nll.shape == weight.shape, f"{tuple(nll.shape)} NLLs, {tuple(weight.shape)} weights")
+    return (nll * weight).sum() / num_blocks
+
+
+# ---- schedules of the noise ----------------------------------------------------------------------
+# (u, score, rates) -> (m, k, weight), each (...), of a block: its mask rate; how many of its tokens
+# are masked; the weight of each. u (...) and score (..., S) are random numbers in [0, 1): of the
+# block, stratified over the batch, and of its tokens.
 
 
 def balanced(u, score, rates):
-    return exactly(u, score, torch.ones(score.shape[-1], dtype=torch.float64), rates)
-
-
-def tilted(u, score, rates):  # a block with few masks says little about its mean
-    return exactly(u, score, torch.arange(1, score.shape[-1] + 1).double().rsqrt(), rates)
+    S = score.shape[-1]
+    k = 1 + (u * S).floor().clamp(max=S - 1)
+    return k / S, k, 1 / k
 
 
 def uniform(u, score, rates):
@@ -95,198 +81,91 @@ def clipped(u, score, rates):
     return at_rate(rates.clip_low + (rates.clip_high - rates.clip_low) * u, score)
 
 
-SCHEDULES = {f.__name__: f for f in (balanced, tilted, uniform, clipped)}
-
-
-def exactly(u, score, p, rates):
-    """Mask the k positions with the smallest scores, k the quantile at u of P(k) ~ p[k - 1]."""
-    S, p = score.shape[-1], p / p.sum() * (1 - rates.full_share)
-    p[-1] += rates.full_share
-    k = torch.searchsorted(p.cumsum(0), u, right=True).clamp(max=S - 1) + 1
-    mask = score.argsort(dim=-1).argsort(dim=-1) < k.unsqueeze(-1)
-    return mask, mask / (k * S * p[k - 1]).unsqueeze(-1), k.double() / S
+def full(u, score, rates):
+    k = torch.full_like(u, score.shape[-1])
+    return torch.ones_like(u), k, 1 / k
 
 
 def at_rate(m, score):
-    """Mask each token with probability m, which is one number a block."""
-    mask = score < m.unsqueeze(-1)
-    return mask, mask / (m * score.shape[-1]).unsqueeze(-1), m
+    k = (score < m.unsqueeze(-1)).double().sum(dim=-1)  # where it is 0, there rightly is no loss
+    return m, k, 1 / (m * score.shape[-1])
 
 
-def weighted(mask, weight, m, weighting):
-    """float32 weights: the bound's ("elbo"), or "cascade", the weight of CASCADE's Phase 1 note.
+SCHEDULES = {f.__name__: f for f in (balanced, uniform, clipped, full)}
+WEIGHTINGS = ("elbo", "cascade")
+RATES = Rates()
 
-    "cascade" is (1/m) * mean over the masked, with the 1/m outside of the mean. It is NOT the
-    bound: the mean already divides by about m S, so blocks that are nearly clean count 1/m times
-    too much, and the expectation grows like log(1 / m_min).
-    """
+
+def block_strata(batch, nb, S, generator):
+    """(batch, nb) float64: u of each block, one from each of n equal parts of [0, 1).
+
+    n is the number of blocks of a group: the fewest sequences that have a multiple of S blocks (for
+    S = 8, 4 sequences of 6), for then `balanced` gives every k equally often. Those left over are a
+    group of their own. The parts are permuted: no block's noise is tied to its place."""
+    group = S // gcd(S, nb)
+    u = []
+    for first in range(0, batch, group):
+        n = min(group, batch - first) * nb
+        part = torch.randperm(n, generator=generator)
+        u.append((part + torch.rand(n, generator=generator, dtype=torch.float64)) / n)
+    return torch.cat(u).view(batch, nb)
+
+
+def draw_masks(batch, nb, S, generator, noise, rates, weighting, nonempty=False):
+    """mask (B, nb, S) bool, weight (B, nb, S) and m (B, nb), float64, of nb blocks a sequence.
+
+    nonempty: as if drawn until k is not 0. A mask at rate m is not empty with probability
+    1 - (1-m)^S: the bound's weight becomes (1 - (1-m)^S) / (m S).
+
+    weighting: "elbo", the bound's, as above; or "cascade", of CASCADE's Phase 1 note, which is
+    (1/m) * mean over the masked. It is NOT the bound: the mean divides by k, about m S, and 1/m
+    stands outside of it. So nearly clean blocks count 1/m times too much, and the expectation grows
+    like log(1 / m_min)."""
+    require(noise in SCHEDULES, f"noise must be one of {', '.join(SCHEDULES)}, not {noise!r}")
+    require(weighting in WEIGHTINGS, f"weighting must be elbo or cascade, not {weighting!r}")
+    require(0 < rates.m_min <= 1 and 0 < rates.clip_low <= rates.clip_high <= 1,
+            f"mask rates must satisfy 0 < low <= high <= 1, not {tuple(rates)}")
+    u = block_strata(batch, nb, S, generator)
+    score = torch.rand(batch, nb, S, generator=generator, dtype=torch.float64)
+    m, k, weight = SCHEDULES[noise](u, score, rates)
+    if nonempty and noise in ("uniform", "clipped"):  # the others always mask some
+        log_p = torch.distributions.Binomial(S, m.unsqueeze(-1)).log_prob(torch.arange(1, S + 1))
+        again = 1 + torch.multinomial(log_p.exp().flatten(0, 1), 1, generator=generator)
+        k = torch.where(k == 0, again.view(k.shape).double(), k)
+        weight = weight * (1 - (1 - m) ** S)
     if weighting == "cascade":
-        weight = mask / (m * mask.sum(dim=-1).clamp(min=1)).unsqueeze(-1)
-    return weight.float()
+        weight = 1 / (m * k.clamp(min=1))
+    mask = score.argsort(dim=-1) < k.unsqueeze(-1)  # k places of a random order
+    return mask, torch.where(mask, weight.unsqueeze(-1), 0.0), m
 
 
-# ---- drawing -------------------------------------------------------------------------------------
+def corrupt_all_blocks(x0, block_size, mask_id, generator, noise="balanced", rates=RATES,
+                       weighting="elbo"):
+    """Mask every block of every sequence: x0 (B, N) int64 on the CPU -> `Noisy` with T = nb. Raises
+    ValueError for an unknown name, rates outside of (0, 1], and S that does not divide N."""
+    B, nb = len(x0), count_blocks(x0.shape[1], block_size)
+    mask, weight, m = draw_masks(B, nb, block_size, generator, noise, rates, weighting)
+    mask, weight = mask.flatten(1), weight.flatten(1).float()  # (B, N)
+    return Noisy(x0.masked_fill(mask, mask_id), mask, weight, torch.arange(nb).expand(B, nb), m)
 
 
-def strata(groups, n, generator):
-    """(groups, n) float64 in [0, 1): in each group one uniform draw from each of n equal strata.
+def corrupt_target_block(x0, block_size, mask_id, generator, noise="uniform", rates=RATES,
+                         weighting="elbo"):
+    """One target block b per example, drawn uniformly: the form of CASCADE's Phase 1 note. Tokens
+    of block b are masked at a rate m, at least one of them; blocks < b stay clean; blocks > b are
+    masked completely. The loss is over the masked positions of block b alone.
 
-    The strata are permuted, so that each entry by itself is uniform. In order they would tie the
-    noise level of a block to its position in the sequence.
-    """
-    order = torch.rand(groups, n, generator=generator, dtype=torch.float64).argsort(dim=1)
-    return (order + torch.rand(groups, n, generator=generator, dtype=torch.float64)) / n
-
-
-def block_strata(batch, nb, block_size, generator):
-    """(batch, nb) float64: u of each block, stratified over the smallest number of sequences whose
-    blocks are a multiple of S: there `balanced` gives every k equally often. Sequences left over
-    are stratified among themselves."""
-    group = block_size // gcd(block_size, nb)
-    whole, rest = divmod(batch, group)
-    u = strata(whole, group * nb, generator).reshape(whole * group, nb)
-    if rest:
-        u = torch.cat([u, strata(1, rest * nb, generator).reshape(rest, nb)])
-    return u
+    x0 (B, N) int64 on the CPU -> `Noisy` with T = 1. Raises as corrupt_all_blocks."""
+    B, nb, S = len(x0), count_blocks(x0.shape[1], block_size), block_size
+    target = torch.randint(nb, (B, 1), generator=generator)
+    mask, weight, m = draw_masks(B, 1, S, generator, noise, rates, weighting, nonempty=True)
+    block = torch.arange(nb).repeat_interleave(S)  # (N,), of each position
+    mask = (block == target) & mask[:, 0].repeat(1, nb)  # (B, N)
+    weight = torch.where(mask, weight[:, 0].repeat(1, nb), 0.0).float()
+    return Noisy(x0.masked_fill(mask | (block > target), mask_id), mask, weight, target, m)
 
 
-def nonempty(score, m, generator):
-    """`score` (..., S) redrawn so that each is below m (...), given that at least one is.
-
-    Exact, without rejection: the first such position i has the truncated geometric distribution
-    P(i) = m (1-m)^i / (1 - (1-m)^S), drawn by its inverse; the positions after it are free.
-    """
-    S, m = score.shape[-1], m.unsqueeze(-1)
-    u = torch.rand(m.shape, generator=generator, dtype=torch.float64)
-    some = -torch.expm1(S * torch.log1p(-m))  # 1 - (1-m)^S without cancellation
-    first = (torch.log1p(-u * some) / torch.log1p(-m)).long().clamp_(0, S - 1)
-    position = torch.arange(S)
-    return torch.where(position < first, 2.0, score).masked_fill(position == first, -1.0)
-
-
-def corrupt_all_blocks(
-    x0, block_size, mask_id, generator, schedule="balanced", rates=RATES, weighting="elbo",
-    copies=1,
-):
-    """Mask every block of every sequence: the noisy stream of two-stream training.
-
-    x0 (B, N) int64 clean tokens on the CPU -> `Noisy` with T = nb. copies=2 makes an antithetic
-    pair: where one draws u, the other draws 1 - u and masks from the other end of the same random
-    order; under `balanced` and `uniform` every token is masked in one of them. Under `uniform` and
-    `clipped` a block may stay unmasked and rightly adds nothing: a forced mask would be a bias.
-    Raises ValueError for an unknown name, rates outside of (0, 1], other copies, or N % S.
-    """
-    nb = check(x0, block_size, schedule, weighting, rates)
-    if copies not in (1, 2):
-        raise ValueError(f"copies must be 1 or 2, not {copies}")
-    B = x0.shape[0]
-    u = block_strata(B, nb, block_size, generator)
-    score = torch.rand(B, nb, block_size, generator=generator, dtype=torch.float64)
-    if copies == 2:
-        u, score = torch.stack([u, 1 - u]), torch.stack([score, 1 - score])
-    mask, weight, m = SCHEDULES[schedule](u, score, rates)
-    weight, mask = weighted(mask, weight, m, weighting).flatten(-2), mask.flatten(-2)
-    xt = x0.expand_as(mask).masked_fill(mask, mask_id)
-    return Noisy(xt, mask, weight, m, torch.arange(nb).expand(B, nb))
-
-
-def corrupt_target_block(
-    x0, block_size, mask_id, generator, schedule="uniform", rates=RATES, weighting="cascade",
-    block=None,
-):
-    """One target block per example, with everything after it hidden, for one pass over N tokens.
-
-    For each example a target block b (uniform, or given as `block`, (B,) int64) and a rate m: the
-    tokens of block b are masked at rate m, at least one of them; all tokens of blocks > b are
-    masked; blocks < b stay clean. The loss mask holds the masked positions of block b alone.
-    x0 (B, N) int64 on the CPU -> `Noisy` with T = 1. Raises as corrupt_all_blocks.
-
-    "At least one" is the distribution of the mask given that it is not empty. That has probability
-    1 - (1-m)^S, so the bound's weight is (1 - (1-m)^S) / (m S).
-    """
-    nb, S, B = check(x0, block_size, schedule, weighting, rates), block_size, x0.shape[0]
-    if block is None:
-        block = torch.randint(nb, (B,), generator=generator)
-    elif block.shape != (B,) or bool(((block < 0) | (block >= nb)).any()):
-        raise ValueError(f"block must hold {B} indices in 0..{nb - 1}")
-    u = block_strata(B, 1, S, generator)[:, 0]
-    score = torch.rand(B, S, generator=generator, dtype=torch.float64)
-    mask, weight, m = SCHEDULES[schedule](u, score, rates)
-    if schedule in ("uniform", "clipped"):
-        mask, weight, m = SCHEDULES[schedule](u, nonempty(score, m, generator), rates)
-        weight *= -torch.expm1(S * torch.log1p(-m)).unsqueeze(-1)
-    weight = weighted(mask, weight, m, weighting)
-
-    here = (torch.arange(nb) == block[:, None]).unsqueeze(-1)  # (B, nb, 1)
-    mask = (here & mask[:, None]).reshape(x0.shape)
-    weight = (here * weight[:, None]).reshape(x0.shape)
-    if not bool(mask.any(dim=1).all()):
-        raise AssertionError("an example has an empty loss mask")
-    later = (torch.arange(nb) > block[:, None]).repeat_interleave(S, dim=1)
-    return Noisy(x0.masked_fill(mask | later, mask_id), mask, weight, m[:, None], block[:, None])
-
-
-def check(x0, block_size, schedule, weighting, rates):
-    """What both corruptions refuse; returns nb."""
-    for what, name, names in (("noise", schedule, SCHEDULES), ("weighting", weighting, WEIGHTINGS)):
-        if name not in names:
-            raise ValueError(f"{what} must be one of {', '.join(names)}, not {name!r}")
-    rates.check(schedule)
-    return check_blocks(x0.shape[1], block_size)
-
-
-def check_blocks(seq_len, block_size):
-    """The number of blocks nb = N / S. Raises ValueError unless S divides N."""
-    if block_size < 1 or seq_len < 1 or seq_len % block_size:
-        raise ValueError(
-            f"a sequence of {seq_len} tokens cannot be cut into blocks of {block_size}: "
-            "seq_len must be a positive multiple of block_size"
-        )
+def count_blocks(seq_len, block_size):  # nb = N // S
+    require(block_size > 0 and seq_len > 0 and seq_len % block_size == 0,
+            f"seq_len {seq_len} is not a positive multiple of block_size {block_size}")
     return seq_len // block_size
-
-
-# ---- the loss ------------------------------------------------------------------------------------
-
-
-def masked_diffusion_loss(logits, targets, weight, num_blocks):
-    """Loss in nats per token: sum_i weight_i * -log softmax(logits_i)[targets_i] / num_blocks.
-
-    logits (..., V), targets (...) int64, weight (...): of all positions, or of the masked ones
-    alone, which is the same number. `num_blocks` counts the target blocks of the global batch, so
-    that sharing a batch among processes or accumulation steps changes nothing.
-    """
-    nll = F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="none")
-    return (nll * weight.flatten()).sum() / num_blocks
-
-
-def head_nll(h, head, targets, teacher=None, most=2**25):
-    """(M,) float32: -log softmax(h head^T)[targets], without ever holding all of the logits.
-
-    h (M, C), head (V, C), targets (M,) int64. With teacher = (t (M, C'), its head (V, C')) the
-    cross-entropy against softmax(t head'^T) instead, which is not differentiated: the KL divergence
-    but for a constant. `most`: logits held at once, 134 MB by default. Where there are more, each
-    piece is computed again for its gradient.
-    """
-
-    def nll(h, targets, *rows):
-        if rows:
-            with torch.no_grad():
-                targets = F.linear(*rows, teacher[1]).float().softmax(dim=-1)
-        return F.cross_entropy(F.linear(h, head).float(), targets, reduction="none")
-
-    inputs = (h, targets) if teacher is None else (h, targets, teacher[0])
-    rows = max(1, most // len(head))
-    if len(h) <= rows:
-        return nll(*inputs)
-    pieces = zip(*(x.split(rows) for x in inputs), strict=True)
-    return torch.cat([checkpoint(nll, *x, use_reentrant=False) for x in pieces])
-
-
-@torch.no_grad()
-def head_overlap(a, b, head, most=2**25):
-    """(M,) float32 in [0, 1]: sum_x min(p(x), q(x)) of p = softmax(a head^T) and q of b, (M, C)
-    each: the probability that speculative sampling of p accepts a draft from q."""
-    rows, found = max(1, most // len(head)), []
-    for pair in zip(a.split(rows), b.split(rows), strict=True):
-        found.append(torch.minimum(*(F.linear(x, head).float().softmax(-1) for x in pair)).sum(-1))
-    return torch.cat(found)

@@ -1,165 +1,142 @@
-"""A Hugging Face folder to and from our config and weights: Llama, Qwen3, Qwen2 without biases.
+"""Llama and Qwen3 as folders of Hugging Face, in and out.
 
-    config.json          `read_config`: the fields of CascadeConfig that it decides
-    model.safetensors    or the shards that model.safetensors.index.json names: `read_weights`
-    tokenizer.json       the vocabulary, which util/dataset.py reads: `check_tokens`
+    python train.py --init_from=hf:DIR --dataset=NAME      from the weights of such a folder
+    python data/text/prepare.py FILE --name=NAME --tokenizer=hf:DIR      NAME for it
+    python util/hf.py --out_dir=RUN --to=FOLDER            the GPT level of a run as such a folder
 
-The GPT level is a Llama, with q/k norm a Qwen3, down to the half-split rotary layout, so both
-directions are renaming. What a folder asks for and this network lacks is refused by name.
+    config.json          the shape             model.safetensors   the weights, or shards that
+    tokenizer.json       the vocabulary        model.safetensors.index.json names
+
+The GPT level is a Llama, with q/k norm a Qwen3, so weights keep their names, but for a prefix. A
+folder that asks for something else, such as biases or scaled rotary embeddings, is refused.
 """
 
-import hashlib
 import json
-from contextlib import contextmanager
-from math import inf
+import math
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from model import CascadeConfig, CascadeLM
-from util.configurator import SettingsError, first_line, optional
-from util.dataset import PLAIN_NAME, field
+from util import checkpoint
+from util.data import HFTokenizer, read_json, writing
+from util.settings import UserError, guarded, optional, require, settings
 
-QK_NORM = {"LlamaForCausalLM": False, "Qwen2ForCausalLM": False, "Qwen3ForCausalLM": True}
-SIZES = {"vocab_size": "vocab_size", "n_embd": "hidden_size", "n_hidden": "intermediate_size",
+QK_NORM = {"LlamaForCausalLM": False, "Qwen3ForCausalLM": True}
+SHAPE = {"vocab_size": "vocab_size", "n_embd": "hidden_size", "n_hidden": "intermediate_size",
          "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-         "n_kv_head": "num_key_value_heads", "head_dim": "head_dim"}
-SHAPE = (*SIZES, "rope_base", "norm_eps", "tie_embeddings", "qk_norm")  # what a folder decides
-PLAIN = {  # of what a config.json may ask for, the values that this network has, the default first
-    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
-    "use_sliding_window": (False,), "sliding_window": (None,), "rope_type": ("default",),
-    "type": ("default",), "factor": (1,), "partial_rotary_factor": (1,),
-    "layer_types": (["full_attention"],), "quantization_config": (None,)}
-NAMES = {"embed": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm",
-         "head": "lm_head", "attn": "self_attn", "attn_norm": "input_layernorm",
-         "mlp_norm": "post_attention_layernorm",
-         **{name: f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}}
+         "n_kv_head": "num_key_value_heads", "head_dim": "head_dim", "norm_eps": "rms_norm_eps"}
+PLAIN = {  # what this network has of what a config.json, with its rope_scaling, may ask for
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
+    "quantization_config": None, "rope_type": "default", "type": "default", "factor": 1,
+    "partial_rotary_factor": 1}
 
 
-@contextmanager
-def refusing(folder):
-    """Whatever a stranger's folder makes its readers raise is a SettingsError in one line."""
+# ---- in ------------------------------------------------------------------------------------------
+
+
+def read_shape(folder):
+    """(fields of CascadeConfig, the longest context that the model has seen) of config.json."""
+    found = read_json(folder, "config.json")
+    # this decides where it is given, whatever the width
+    found.setdefault("use_sliding_window", found.get("sliding_window") is not None)
+    name = " ".join(found.get("architectures") or ["missing"])
+    require(name in QK_NORM, f"hf:{folder}: its architecture is {name}, not {' or '.join(QK_NORM)}")
+    for key in ("rope_scaling", "rope_parameters"):  # of transformers 4 and 5
+        found |= found.get(key) or {}
+    layers = set(found.get("layer_types") or ["full_attention"])
+    require(layers == {"full_attention"}, f"hf:{folder}: this network lacks its {sorted(layers)}")
+    for key, ours in PLAIN.items():
+        require(found.get(key, ours) == ours,
+                f"hf:{folder}: its {key} is {found.get(key)!r}, which this network lacks")
+    missing = [key for key in SHAPE.values() if not found.get(key)
+               and key not in ("head_dim", "num_key_value_heads")]
+    require(not missing, f"hf:{folder}: its config.json lacks {', '.join(missing)}")
+    shape = {ours: found.get(theirs) or 0 for ours, theirs in SHAPE.items()}  # 0: from the others
+    shape |= {"rope_base": float(found.get("rope_theta") or 10000), "qk_norm": QK_NORM[name],
+              "tie_embeddings": bool(found.get("tie_word_embeddings"))}
+    return shape, found.get("max_position_embeddings") or math.inf
+
+
+def read_weights(folder, shape):
+    """{our name: float32 tensor} of the GPT level of this shape. [MASK], which the folder lacks,
+    begins as the mean of the embeddings."""
+    load = optional("safetensors.torch").load_file
+    files, weights = {"model.safetensors"}, {}
+    if not Path(folder, *files).exists():
+        index = read_json(folder, "model.safetensors.index.json")
+        files = set(index.get("weight_map", {}).values())
     try:
-        yield
-    except Exception as e:
-        kind = "" if isinstance(e, (ValueError, OSError)) else f"{type(e).__name__}: "
-        raise SettingsError(f"hf:{folder} cannot be used ({kind}{first_line(e)}): give the folder "
-                            "of a Llama or Qwen3 as save_pretrained writes it") from None
-
-
-def read_config(folder, seq_len):
-    """({field of CascadeConfig: value} for all of SHAPE, the architecture's name) of config.json.
-    SettingsError for what this network lacks, and where it never saw `seq_len` tokens."""
-    with refusing(folder):
-        found = json.loads(Path(folder, "config.json").read_bytes())
-        name = " ".join(field(found, "architectures", list))
-        if name not in QK_NORM:
-            raise ValueError(f"its architecture is {name}, not {', '.join(QK_NORM)}")
-        for rope in ("rope_scaling", "rope_parameters"):  # of transformers 4, and 5
-            found |= (rope := found.get(rope) or {})
-            if any(isinstance(x, dict) for x in rope.values()):
-                raise ValueError("its rope_parameters differ by layer, which this network lacks")
-        found["layer_types"] = sorted(set(found.get("layer_types") or ["full_attention"]))
-        if "use_sliding_window" in found:  # then it decides, whatever the width
-            found["sliding_window"] = None
-        for key, allowed in PLAIN.items():
-            if found.get(key, allowed[0]) not in allowed:
-                raise ValueError(f"its {key} is {found[key]!r}, which this network lacks")
-        if seq_len > (longest := field(found, "max_position_embeddings", int, 1, 1 << 30)):
-            raise ValueError(f"it has read {longest} tokens at most, and --seq_len is {seq_len}")
-        shape = {ours: found.get(theirs) or 0 for ours, theirs in SIZES.items()}
-        for ours in shape:  # 0: its default, which is ours too
-            field(shape, ours, int, 0, 1000 if ours == "n_layer" else 1 << 24)
-        shape |= {"rope_base": float(found.get("rope_theta", 10000)), "qk_norm": QK_NORM[name],
-                  "norm_eps": float(found["rms_norm_eps"]),
-                  "tie_embeddings": found.get("tie_word_embeddings") is True}
-        if not (0 < shape["rope_base"] < inf and 0 < shape["norm_eps"] < inf):
-            raise ValueError("its rope_theta or rms_norm_eps is no positive number")
-        return shape, name
-
-
-def check_tokens(folder, vocab_size, meta):
-    """SettingsError unless a dataset's meta.json means by every id what the folder's model does."""
-    path, found = Path(folder, "tokenizer.json"), None
-    with refusing(folder):
-        if path.exists():
-            found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if (found, vocab_size) != (meta.get("tokenizer_sha256"), meta["vocab_size"]):
-        raise SettingsError(
-            f"hf:{folder} has another vocabulary ({vocab_size:,} tokens) than the dataset "
-            f"({meta['tokenizer']}, {meta['vocab_size']:,}): prepare your text with "
-            f"python data/text/prepare.py --tokenizer=hf:{folder} --input=FILE --name=NAME")
-
-
-def weight_names(c):
-    """{their name: (our name, shape)} of the GPT level of a model with the CascadeConfig c."""
-    shape = {name: getattr(c, name) for name in SHAPE}
+        for file in files:
+            weights |= load(Path(folder, file))
+    except Exception as e:  # a damaged file raises whatever its reader makes of it
+        raise UserError(f"hf:{folder}: its weights cannot be read ({e}): fetch them "
+                        "again") from None
+    weights = {name.removeprefix("model."): w.float() for name, w in weights.items()
+               if not name.endswith("rotary_emb.inv_freq")}  # a table in older folders
+    if shape["tie_embeddings"]:
+        weights.pop("lm_head.weight", None)  # some store it twice
     with torch.device("meta"):
-        own = CascadeLM(CascadeConfig(objective="ar", seq_len=1, **shape)).state_dict()
-    own["embed.weight"] = own["embed.weight"][:-1]  # [MASK] is ours alone
-    return {".".join(NAMES.get(part, part) for part in name.split(".")): (name, tuple(x.shape))
-            for name, x in own.items()}
+        config = CascadeConfig(**shape, seq_len=1, block_size=1, local_window=0)
+        want = {name: w.shape for name, w in CascadeLM(config).state_dict().items()}
+    rows = weights.get("embed_tokens.weight", torch.zeros(1, 1))  # if missing, it is named below
+    weights["embed_tokens.weight"] = torch.cat([rows, rows.mean(dim=0, keepdim=True)])
+    found = {name: w.shape for name, w in weights.items()}
+    wrong = [name for name in found | want if found.get(name) != want.get(name)]
+    require(not wrong, f"hf:{folder}: this network has no place, or another shape, for the weights "
+                       f"{', '.join(wrong[:3])}")
+    return weights
 
 
 def read_folder(folder, seq_len):
-    """(fields of CascadeConfig as read_config finds them, the weights of read_weights)."""
-    shape, _ = read_config(folder, seq_len)
-    return shape, read_weights(folder, CascadeConfig(objective="ar", seq_len=1, **shape))
+    """A state as util/checkpoint.py's, of a GPT: what training starts from."""
+    shape, longest = read_shape(folder)
+    require(seq_len <= longest, f"hf:{folder} has read {longest} tokens at most: set --seq_len")
+    tokenizer = HFTokenizer.from_folder(folder)
+    return {"config": shape, "settings": {"draft_weight": 0.0},
+            "model": read_weights(folder, shape),
+            "meta": {"tokenizer": "hf", "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
+                     **tokenizer.meta}}
 
 
-def read_weights(folder, c):
-    """{our name: float32 tensor} of the GPT level, all that is in c but the local head. [MASK],
-    which the folder has not, gets the mean of the embeddings."""
-    safe_open = optional("safetensors", "--init_from=hf:DIR").safe_open
-    with refusing(folder):
-        files, index = ["model.safetensors"], Path(folder, "model.safetensors.index.json")
-        if not Path(folder, files[0]).exists() and index.exists():
-            shards = field(json.loads(index.read_bytes()), "weight_map", dict)
-            files = sorted(set(shards.values()))
-        wanted, found = weight_names(c), {}
-        if c.tie_embeddings:  # some folders store the tied weight a second time
-            wanted["lm_head.weight"] = "head.weight", wanted["model.embed_tokens.weight"][1]
-        for file in files:
-            if not PLAIN_NAME.fullmatch(file) or not Path(folder, file).is_file():
-                raise ValueError(f"its {file} is missing")
-            with safe_open(Path(folder, file), "pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - it is no dict
-                    if name.endswith("rotary_emb.inv_freq"):  # a table that older folders keep
-                        continue
-                    if name not in wanted:
-                        raise ValueError(f"this network has no place for its {name}")
-                    ours, shape = wanted[name]
-                    if (given := tuple(tensors.get_slice(name).get_shape())) != shape:
-                        raise ValueError(f"its {name} is {given}, not {shape}")
-                    x = tensors.get_tensor(name)
-                    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-                        raise ValueError(f"its {name} is {x.dtype}")
-                    if not x.isfinite().all():
-                        raise ValueError(f"not all numbers of its {name} are finite")
-                    found[ours] = x.float()
-        for name, (ours, _) in wanted.items():
-            if ours not in found and not (c.tie_embeddings and ours == "head.weight"):
-                raise ValueError(f"its {name} is missing")
-        embed = found["embed.weight"]
-        if c.tie_embeddings and not torch.equal(found.pop("head.weight", embed), embed):
-            raise ValueError("its lm_head.weight is not the embeddings, though they are tied")
-    return found | {"embed.weight": torch.cat([embed, embed.mean(dim=0, keepdim=True)])}
+# ---- out -----------------------------------------------------------------------------------------
 
 
-def write_folder(folder, c, weights, meta):
-    """The GPT level of `weights`, a model's state dict, into an existing folder: what read_config
-    and read_weights read, bit for bit, and the tokenizer.json of `meta` if it has one."""
-    save_file = optional("safetensors.torch", "an export").save_file
-    tensors = {name: weights[ours][:shape[0]].clone()  # of the embeddings all but [MASK]
-               for name, (ours, shape) in weight_names(c).items()}
-    kind = "Qwen3" if c.qk_norm else "Llama"
-    config = {
+def write_folder(folder, config, weights, meta):
+    """The GPT level of `weights`, a model's state dict, as read_shape and read_weights read it;
+    and its tokenizer.json, if it has one. [MASK] and the local head stay behind."""
+    save = optional("safetensors.torch").save_file
+    kind = "Qwen3" if config.qk_norm else "Llama"
+    shape = {theirs: getattr(config, ours) for ours, theirs in SHAPE.items()}
+    shape |= {
         "architectures": [f"{kind}ForCausalLM"], "model_type": kind.lower(), "hidden_act": "silu",
-        **{theirs: getattr(c, ours) for ours, theirs in SIZES.items()},
-        "max_position_embeddings": c.seq_len, "rms_norm_eps": c.norm_eps, "rope_theta": c.rope_base,
-        "tie_word_embeddings": c.tie_embeddings, "attention_bias": False, "torch_dtype": "float32",
-        "bos_token_id": None, "eos_token_id": meta.get("eot"), "pad_token_id": None}
-    Path(folder, "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if "tokenizer_json" in meta:
-        Path(folder, "tokenizer.json").write_bytes(meta["tokenizer_json"].encode())
-    save_file(tensors, Path(folder, "model.safetensors"), {"format": "pt"})
+        "max_position_embeddings": config.seq_len, "rope_theta": config.rope_base,
+        "tie_word_embeddings": config.tie_embeddings, "attention_bias": False,
+        "torch_dtype": "float32", "bos_token_id": None, "eos_token_id": meta.get("eot")}
+    weights = weights | {"embed_tokens.weight": weights["embed_tokens.weight"][:-1].clone()}
+    named = {name if name == "lm_head.weight" else f"model.{name}": w.contiguous()
+             for name, w in weights.items() if not name.startswith("local.")}
+    with writing(folder):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "config.json").write_text(json.dumps(shape, indent=2) + "\n")
+        if "json" in meta:
+            Path(folder, "tokenizer.json").write_text(meta["json"], encoding="utf-8")
+        save(named, Path(folder, "model.safetensors"), {"format": "pt"})
+
+
+@guarded
+def main(argv):
+    s, _ = settings({"out_dir": "out/nano", "to": ""}, argv)
+    state = checkpoint.load(checkpoint.find(s.out_dir))
+    require(state["config"]["context"] == "causal", f"{s.out_dir} has no GPT level to write")
+    require(s.to and not Path(s.to).exists(), "set --to=FOLDER, which does not exist yet")
+    write_folder(s.to, CascadeConfig(**state["config"]), state["model"], state["meta"])
+    print(f"{s.to}: the GPT level of step {state['step']} of {s.out_dir}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,76 +1,53 @@
-"""The control beside every small model: an interpolated n-gram of the training text, as a language
-model and as a drafter.
+"""The control beside small models: an interpolated n-gram of the training text.
 
     p_n(x | h) = max(count(h x) - d, 0) / count(h) + d distinct(h) / count(h) * p_{n-1}(x | h')
 
-h: the n - 1 tokens before, h' all of them but the first; absolute discounting with d = 0.75 (Ney,
-Essen and Kneser 1994); p_0 is uniform, and a history that never occurred hands on p_{n-1}.
+h: the n - 1 tokens before, h' all of them but the first. Absolute discounting with d = 0.75 (Ney,
+Essen and Kneser 1994). p_0 is uniform; a history that never occurred hands on p_{n-1}.
 """
 
 import numpy as np
-import torch
 
 DISCOUNT = 0.75
 
 
 class NGram:
-    """Counts of all grams of up to `order` tokens of a text, an int array of ids below V."""
+    """Counts of the grams of 1 to `order` tokens in `tokens` (n,), ids below V."""
 
-    def __init__(self, tokens, vocab_size, order=5):
-        self.V, self.order, self.levels = vocab_size, order, []
+    def __init__(self, tokens, V, order=5):
+        self.V, self.order, self.levels = V, order, []
         tokens = np.asarray(tokens, np.int64)
-        gram = np.zeros(len(tokens) + 1, np.int64)  # of the grams of one token less, each one's id
+        gram = np.zeros(len(tokens) + 1, np.int64)  # ids of the grams of one token less, by place
         for n in range(1, order + 1):
-            # a gram is the one without its last token, and that token: sorted keys number them
-            keys = gram[:-1] * vocab_size + tokens[n - 1 :]
-            keys, gram, count = np.unique(keys, return_inverse=True, return_counts=True)
-            history = keys // vocab_size
-            total = np.bincount(history, weights=count)
-            self.levels.append((keys, count, total, np.bincount(history)))
+            # a gram is its first n - 1 tokens, by their id, and its last; sorted, the grams of one
+            # history stand together, from first[history] on
+            keys, gram, count = np.unique(gram[:-1] * V + tokens[n - 1 :], return_inverse=True,
+                                          return_counts=True)
+            histories = np.arange((keys[-1] // V if n > 1 else 0) + 2)
+            first = np.searchsorted(keys // V, histories)
+            total = np.concatenate([[0], count.cumsum()])[first]
+            # the grams, sorted; how often each occurs; where those of a history begin; how often it
+            # occurs. An id of -1 matches none
+            self.levels.append((keys, count, first, np.diff(total)))
 
-    def find(self, n, gram, x):
-        """Ids among the grams of n tokens of: `gram` (an id of n - 1 tokens, -1 unseen), then x."""
-        keys = self.levels[n - 1][0]
-        wanted = np.where((gram < 0) | (x < 0) | (x >= self.V), -1, gram * self.V + x)
-        at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-        return np.where(keys[at] == wanted, at, -1)
-
-    def probability(self, before, x):
-        """p(x | before), float64 (M,): before (M, order - 1) int64, the last token last, -1 or V
-        where there is none; x (M,)."""
-        p = np.full(len(x), 1 / self.V)
+    def probabilities(self, before):
+        """p (M, V) float64 of the next token: before (M, order - 1) int64, the last token last."""
+        M, p = len(before), np.full((len(before), self.V), 1 / self.V)
         for n in range(1, self.order + 1):
-            gram = np.zeros(len(x), np.int64)
+            history = np.zeros(M, np.int64)  # the id of the last n - 1 tokens, -1 if never seen
             for j in range(n - 1):
-                gram = self.find(j + 1, gram, before[:, before.shape[1] - n + 1 + j])
-            _, count, total, distinct = self.levels[n - 1]
-            here, seen = self.find(n, gram, x), (gram >= 0) & (gram < len(total))
-            gram = np.where(seen, gram, 0)
-            seen &= total[gram] > 0
-            of = np.where(seen, total[gram], 1)
-            more = np.where(here >= 0, count[here] - DISCOUNT, 0) / of
-            p = np.where(seen, more + DISCOUNT * distinct[gram] / of * p, p)
+                keys = self.levels[j][0]
+                key = history * self.V + before[:, before.shape[1] - n + 1 + j]
+                at = np.searchsorted(keys, key).clip(max=len(keys) - 1)
+                history = np.where((history >= 0) & (keys[at] == key), at, -1)
+            keys, count, first, total = self.levels[n - 1]
+            seen = np.flatnonzero((history >= 0) & (history < len(total)))
+            seen = seen[total[history[seen]] > 0]
+            history = history[seen]
+            distinct = first[history + 1] - first[history]
+            p[seen] *= (DISCOUNT * distinct / total[history])[:, None]
+            row = np.repeat(np.arange(len(seen)), distinct)
+            gram = np.arange(distinct.sum()) + np.repeat(first[history] - (
+                distinct.cumsum() - distinct), distinct)
+            p[seen[row], keys[gram] % self.V] += (count[gram] - DISCOUNT) / total[history][row]
         return p
-
-    def nll(self, x0):
-        """(W,) mean -log p in nats per token of windows x0 (W, N), each with nothing before it."""
-        x0 = x0.numpy()
-        padded = np.pad(x0, ((0, 0), (self.order - 1, 0)), constant_values=-1)
-        before = np.lib.stride_tricks.sliding_window_view(padded, self.order - 1, axis=1)[:, :-1]
-        p = self.probability(before.reshape(x0.size, -1), x0.reshape(-1))
-        return torch.from_numpy(-np.log(p)).view(x0.shape).mean(dim=1)
-
-    def draft(self, text, length, count, draw):
-        """(drafts (B, count), q (B, count, V)) behind the first length (B,) tokens of text (B, W).
-        draw(p) draws a token from each row of p (B, V) float64, and returns what it drew from."""
-        index = length[:, None] + torch.arange(1 - self.order, 0)
-        before = text.cpu().gather(1, index.clamp(min=0)).masked_fill(index < 0, -1)
-        drafts, q = [], []
-        for _ in range(count):
-            every = np.repeat(before.numpy(), self.V, axis=0)
-            p = self.probability(every, np.tile(np.arange(self.V), len(before)))
-            token, p = draw(torch.from_numpy(p).view(len(before), self.V).to(text.device))
-            drafts.append(token)
-            q.append(p)
-            before = torch.cat([before[:, 1:], token[:, None].cpu()], dim=1)
-        return torch.stack(drafts, dim=1), torch.stack(q, dim=1)
