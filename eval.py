@@ -11,14 +11,14 @@ scored, so that every model has some context, and every block size is scored on 
     bound            above the NLL, estimated with `balanced` noise of a fixed generator: corrupt.py
     a rule, K = n    exact NLL of what a deterministic rule writes in n passes a block: the rule is
                      replayed on the text, and each pass adds -log p of the tokens that it reveals
-                     (arXiv 2603.01367). Adaptive rules choose the number of passes themselves
+                     (arXiv 2603.01367). Of adaptive rules K is the mean number of passes
     n-gram           the control: an interpolated n-gram of the training text (util/ngram.py)
 
-tokens a round: what a verification is expected to write, 1 + a_1 + a_1 a_2 + ..., if draft i is
-accepted with a chance of a_i, the mean over the text of sum_x min(p(x), q(x)) for the GPT level's p
-and the draft's q. Draft i stands at place i + 1 of a block: the token at the first place is the GPT
-level's own. Of the n-gram: if it were the drafter. +- is a standard error over windows, taken as
-independent. The model computes in float32.
+tokens a round: an estimate, at temperature 1, of what the reading pass of a round writes (its
+drafting pass writes one token more): 1 + a_1 + a_1 a_2 + ..., if draft i is accepted with a chance
+of a_i, the mean over the text of sum_x min(p(x), q(x)) for the GPT level's p and the draft's q.
+Draft i stands at place i + 1 of a block. Of the n-gram: if it were the drafter. +- is a standard
+error over windows, taken as independent. The model computes in float32.
 """
 
 import math
