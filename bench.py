@@ -165,18 +165,19 @@ def bench_decode(argv):
     print(f"{s.out_dir} in {dtype}: {s.tokens} tokens a row, temperature {s.temperature:g}\n"
           f"batch  mode     tokens/s  a pass  {f'of {first}':16s}  nats a token of its text")
     for batch in batches:
-        taken, last = {name: [] for name in contestants}, {}
+        taken, steps = ({name: [] for name in contestants} for _ in range(2))
         for i in range(s.rounds + 1):
             for name, (how, _) in contestants.items():
                 began = time.perf_counter()
                 with machine.autocast(device, dtype):
-                    *_, last[name] = sample.generate_stream(
+                    *_, step = sample.generate_stream(
                         model, [start] * batch, s.tokens, temperature=s.temperature, seed=i, **how)
                 if i:  # the first round is a warm-up
                     taken[name].append(time.perf_counter() - began)
+                    steps[name].append(step)
         for name, (_, (nll, error)) in contestants.items():
             speed = batch * s.tokens / median(taken[name])
-            a_pass = last[name].tokens / last[name].passes
+            a_pass = sum(x.tokens for x in steps[name]) / sum(x.passes for x in steps[name])
             print(f"{batch:5d}  {name:7s} {speed:9,.0f} {a_pass:7.2f}  "
                   f"{ratio(taken[first], taken[name]):16s}  {nll:.3f} +- {error:.3f}", flush=True)
 
