@@ -3,17 +3,15 @@
     python train.py config/nano.py
     python train.py config/nano.py --max_minutes=20 --out_dir=out/nano20
 
-On a CPU, 1.8M parameters in 4.5 minutes: 906 steps = 0.93M characters on two shared cores of an AMD
-EPYC without bf16 units, torch 2.13.0, seed 1337, one run. Nats a character of 512 windows,
-+- 0.010, and the estimated tokens a round; in brackets the 5-gram's:
+On a CPU 1.8M parameters, 4.5 minutes. Nats a character (+- 0.010), one run each, seed 1337, torch
+2.13.0; the 5-gram has 1.605. Tokens a round are estimates, in brackets those of the 5-gram.
 
-    GPT level 1.595 (1.605), one pass for a block of 16 characters 1.586, 6.79 tokens (4.30)
+    two shared cores of an        steps x 1,024   GPT level   draft   tokens a round
+    AMD EPYC, float32                       906       1.595   1.586   6.79 (4.30)
+    Intel Xeon, bfloat16                  1,634       1.538   1.538   6.82 (4.61)
+    Intel Xeon, in quieter hours          2,529       1.490   1.507   6.91 (4.74)
 
-On two cores of an Intel Xeon with bf16 units 2,501 steps, and in another run 2,529: 1.485 and 1.490
-(1.605), 1.496 and 1.507, 6.9 tokens (4.74). `python sample.py --num_samples=64 --max_new_tokens=128
---temperature=1` measures 6.54 and 6.77 +- 0.14 tokens a round.
-
-On a GPU, 14M parameters and 5,000 steps of 16,384 characters: not measured yet.
+On a GPU 14M parameters, 5,000 steps of 16,384 characters: not measured yet.
 """
 
 import torch
