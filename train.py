@@ -272,8 +272,7 @@ def train(s, given=()):
         origin = f"weights of {s.init_from}; fresh: {', '.join(new) or 'none'}"
     wrapped = torch.compile(model) if compiled else model
     if world > 1:
-        wrapped = DistributedDataParallel(
-            wrapped, [device] if on_cuda else None, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(wrapped, [device] if on_cuda else None)
     weights, tokens, val = loss_weights(s), data.split("train"), data.split("val")
     term_weights = torch.tensor([*weights.values()], device=device)
     flops, peak = machine.step_flops(model, s) / world, machine.peak_flops(device, dtype)
