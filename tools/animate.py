@@ -23,7 +23,7 @@ DEFAULTS = {
     "mode": "auto", "temperature": 0.8, "seed": 1337, "columns": 64, "frame_ms": 250,
     "hold_ms": 4000,  # how long the finished text stands
 }
-WIDTH, HEIGHT = 8.43, 18  # of a character, in a monospaced font of 14 pixels
+WIDTH, HEIGHT = 8.8, 18  # of a character, at most, in a monospaced font of 14 pixels
 CLASSES = {view.DIM: "d", view.GREEN: "a", view.YELLOW: "o"}  # dim, accepted, own
 STYLE = """
 text {{ font: 14px ui-monospace, Menlo, Consolas, monospace; fill: #d0d7de; white-space: pre }}
