@@ -287,8 +287,8 @@ def train(s, given=()):
     say(f"model      {sum(p.numel() for p in model.parameters()):,} parameters, {origin}")
     say(f"step       {s.batch_size} sequences of {s.seq_len} tokens")
     say("loss       " + " + ".join(f"{weight:g} {name}" for name, weight in weights.items()))
-    if not on_cuda and not start and not {"n_layer", "n_embd"} & set(given):
-        say("note       these are the sizes for a GPU; for a CPU: python train.py config/nano.py")
+    if not on_cuda and not resumed and not {"n_embd", "batch_size", "max_steps"} & set(given):
+        say("note       size, batch and steps are for a GPU; config/nano.py has those for a CPU")
     if online:
         online.init(project="cascade", name=s.out_dir, config=public(vars(s)))
 
@@ -389,7 +389,8 @@ def train(s, given=()):
         begin, mode = opening(tokenizer), "gpt" if ar else "auto"
         *_, step = sample.generate_stream(model, [begin], s.sample_tokens, mode=mode)
         say(f"\n{printable(tokenizer.decode(step.rows[0][len(begin) :]))}\n\n{step}")
-    say(f"\nthis is {out}/last.pt; best.pt, which the others take, is of step {now.best_step}\n"
+    best = now.best_step or now.step  # 0: none was validated, and best.pt is last.pt
+    say(f"\nthat is {out}/last.pt; sample.py and eval.py read best.pt, which is of step {best}\n"
         f"next: python sample.py --out_dir={out}\n      python eval.py --out_dir={out}")
     return 0
 

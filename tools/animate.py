@@ -19,7 +19,7 @@ from util.data import make_tokenizer, opening, writing
 from util.settings import check, guarded, require, settings
 
 DEFAULTS = {
-    "out_dir": "out/nano", "svg": "assets/crystallise.svg", "prompt": "", "max_new_tokens": 240,
+    "out_dir": "out/nano", "svg": "crystallise.svg", "prompt": "", "max_new_tokens": 240,
     "mode": "auto", "temperature": 0.8, "seed": 1337, "columns": 64, "frame_ms": 250,
     "hold_ms": 4000,  # how long the finished text stands
 }
