@@ -3,6 +3,7 @@
     python bench.py train config/nano.py        a training step, and that of the same GPT
     python bench.py memory config/nano.py       memory of a step, by the length of a sequence
     python bench.py decode --out_dir=out/nano   tokens/s of all modes, and how good their text is
+    python bench.py rounds                      what a round costs in passes of the GPT, by size
 
 A machine's speed drifts. So contestants take turns, and a ratio is that of neighbours: the median
 of the rounds, and in brackets the least and the largest.
@@ -36,7 +37,16 @@ TRAIN = train.DEFAULTS | {"rounds": 5, "steps": 10}  # of each contestant in a r
 MEMORY = train.DEFAULTS | {"lengths": "256,512,1024,2048", "batch_size": 1}
 DECODE = {"out_dir": "out/nano", "batches": "1,4,16,64", "tokens": 200, "rounds": 5, "windows": 256,
           "temperature": 1.0, "device": "auto", "dtype": "auto"}
+ROUNDS = {"sizes": "nano,12M,40M,124M", "batches": "1,16", "drafts": "1,3,7,15", "seconds": 2.0,
+          "device": "auto", "dtype": "auto"}
 # --------------------------------------------------------------------------------------------------
+SHAPES = {  # all of blocks of 16
+    "nano": {"n_layer": 2, "n_head": 6, "n_embd": 192, "vocab_size": 84, "seq_len": 128},
+    "12M": {"n_layer": 6, "n_head": 6, "n_embd": 384, "vocab_size": 84, "seq_len": 256},
+    "40M": {"n_layer": 8, "n_head": 10, "n_embd": 640, "vocab_size": 84, "seq_len": 512},
+    "124M": {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50257, "seq_len": 1024,
+             "tie_embeddings": True},
+}
 AR = {"context": "causal", "draft_weight": 0.0, "block_size": 1, "local_window": 0, "soft": 0.0}
 
 
@@ -134,7 +144,7 @@ def bench_memory(argv):
 
 
 def contestants_of(model, state, data, windows):
-    """{name: (options of generate, (NLL, error) of the text)}: all ways to decode."""
+    """({name: (options of generate, (NLL, error) of the text)}: all ways to decode; acceptances)"""
     x0 = eval.cut_windows(data.split("val"), model.config.seq_len, windows)
     if model.config.context == "block":
         found, x0 = {}, x0.to(model.cos.device)
@@ -143,11 +153,12 @@ def contestants_of(model, state, data, windows):
             nll, _ = eval.replay(model, x0, "left_to_right", K)
             how = {"mode": "block", "rule": "left_to_right", "passes": K}
             found[f"K = {K}"] = how, eval.mean_and_error(nll.cpu())
-        return found
+        return found, []
     ar = state["settings"]["draft_weight"] == 0
-    nll = eval.evaluate(model, x0, ar).nll
+    nll, acceptance = eval.evaluate(model, x0, ar)
     levels = {"gpt": "gpt"} if ar else {"gpt": "gpt", "verify": "gpt", "block": "draft"}
-    return {mode: ({"mode": mode}, nll[level]) for mode, level in levels.items()}
+    found = {mode: ({"mode": mode}, nll[level]) for mode, level in levels.items()}
+    return found, acceptance
 
 
 def bench_decode(argv):
@@ -155,23 +166,27 @@ def bench_decode(argv):
     check(s, {"dtype": ("auto", "float32", "bfloat16")}, {"tokens": 1, "rounds": 1, "windows": 2})
     batches = numbers(s, "batches")
     device = machine.choose_device(s.device)
-    dtype = sample.decoding_dtype(s.dtype, device)
     model, state = checkpoint.load_model(s.out_dir, device)
+    dtype = machine.decode_in(s.dtype, model)
     data = Dataset(state["settings"]["dataset"], model.config.seq_len)
     data.require_vocabulary(state["meta"], s.out_dir)
     start = opening(make_tokenizer(state["meta"]))
-    contestants = contestants_of(model, state, data, s.windows)
+    contestants, acceptance = contestants_of(model, state, data, s.windows)
     first = next(iter(contestants))
     print(f"{s.out_dir} in {dtype}: {s.tokens} tokens a row, temperature {s.temperature:g}\n"
           f"batch  mode     tokens/s  a pass  {f'of {first}':16s}  nats a token of its text")
     for batch in batches:
+        if "verify" in contestants:
+            D, why = sample.choose_drafts(model, [start] * batch, acceptance,
+                                          temperature=s.temperature)
+            contestants["verify"][0].update(mode="verify" if D else "gpt", drafts=D)
+            print(why)
         taken, steps = ({name: [] for name in contestants} for _ in range(2))
         for i in range(s.rounds + 1):
             for name, (how, _) in contestants.items():
                 began = time.perf_counter()
-                with machine.autocast(device, dtype):
-                    *_, step = sample.generate_stream(
-                        model, [start] * batch, s.tokens, temperature=s.temperature, seed=i, **how)
+                *_, step = sample.generate_stream(
+                    model, [start] * batch, s.tokens, temperature=s.temperature, seed=i, **how)
                 if i:  # the first round is a warm-up
                     taken[name].append(time.perf_counter() - began)
                     steps[name].append(step)
@@ -182,7 +197,28 @@ def bench_decode(argv):
                   f"{ratio(taken[first], taken[name]):16s}  {nll:.3f} +- {error:.3f}", flush=True)
 
 
-COMMANDS = {"train": bench_train, "memory": bench_memory, "decode": bench_decode}
+def bench_rounds(argv):
+    s, _ = settings(ROUNDS, argv)
+    check(s, {"dtype": ("auto", "float32", "bfloat16")}, {"seconds": 0.1}, {"seconds": 3600})
+    drafts, device = [D for D in numbers(s, "drafts") if D], machine.choose_device(s.device)
+    print("A round of D drafts in passes of the GPT, and behind / how many tokens a round break even\n"
+          "(those of its reading pass). Random weights: only costs.\n"
+          f"size  parameters  dtype     batch  ms of gpt  {'':2s}"
+          + "".join(f"{f'D = {D}':13s}" for D in drafts))
+    for size in s.sizes.split(","):
+        require(size in SHAPES, f"--sizes must be of {', '.join(SHAPES)}, not {size!r}")
+        model = CascadeLM(CascadeConfig(**SHAPES[size])).to(device).eval()
+        dtype = machine.decode_in(s.dtype, model)
+        for batch in numbers(s, "batches"):
+            taken = sample.time_rounds(model, [[0]] * batch, [0, *drafts], s.seconds)
+            costs = [taken[D] / taken[0] for D in drafts]
+            print(f"{size:5s} {sum(p.numel() for p in model.parameters()):10,}  {dtype:8s}  "
+                  f"{batch:5d}  {1e3 * taken[0]:9.2f}    "
+                  + "".join(f"{f'{x:.2f} / {x - 1:.2f}':13s}" for x in costs), flush=True)
+
+
+COMMANDS = {"train": bench_train, "memory": bench_memory, "decode": bench_decode,
+            "rounds": bench_rounds}
 
 
 @guarded

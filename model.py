@@ -240,23 +240,11 @@ class LocalHead(nn.Module):
         C, width = config.n_embd, max(1, config.n_embd // 4)
         self.norm = nn.RMSNorm(C, config.norm_eps)
         self.embed = nn.Embedding(config.vocab_size + 1, width)
-        self.mlp = SwiGLU(C + config.local_window * width, config.local_hidden, C)  # cut up below
+        self.mlp = SwiGLU(C + config.local_window * width, config.local_hidden, C)
 
-    def of_states(self, h):
-        """(gate norm(h), up norm(h)), each (..., hidden): the part of gate z and up z that needs no
-        left tokens. A drafting pass computes it once for all of its places."""
-        h, C = self.norm(h), h.shape[-1]
-        gate, up = self.mlp.gate_proj.weight, self.mlp.up_proj.weight
-        return F.linear(h, gate[:, :C]), F.linear(h, up[:, :C])
-
-    def forward(self, h, left, known=None):
-        """h (..., C) of the trunk, left (..., w) int64, x_{i-1} first -> (..., C) for the head.
-        known: of_states(h), if that is computed already."""
-        gate, up = self.of_states(h) if known is None else known
-        e, C = self.embed(left).flatten(-2), h.shape[-1]
-        gate = gate + F.linear(e, self.mlp.gate_proj.weight[:, C:])
-        up = up + F.linear(e, self.mlp.up_proj.weight[:, C:])
-        return h + self.mlp.down_proj(F.silu(gate) * up)
+    def forward(self, h, left):
+        """h (..., C) of the trunk, left (..., w) int64, x_{i-1} first -> (..., C) for the head."""
+        return h + self.mlp(torch.cat([self.norm(h), self.embed(left).flatten(-2)], dim=-1))
 
 
 def left_tokens(x0, window, mask_id):

@@ -16,10 +16,10 @@ r"""Write text from a checkpoint, several tokens a pass, and watch it crystallis
 A round of `verify` is two passes. x is the last token, M is [MASK]; here are three drafts, and what
 a place gives stands below it:
 
-    draft    in    x  M   M   M   M ..   S masks stand behind x, as in training. x does not see
-             out   t      d1  d2  d3     them, so that t is the GPT level's own, and the first mask,
-                                         in the place of t, is not used. The local head draws a
-                                         draft in the place of each other, with a probability q
+    draft    in    x  M   M   M   M      a mask stands for each token to come. x does not see them,
+             out   t      d1  d2  d3     so that t is the GPT level's own, and the first mask, in
+                                         the place of t, is not used. The local head draws a draft
+                                         in the place of each other, with a probability q
     read     in    t  d1  d2  d3         p is the GPT level's probability of a draft. It is accepted
              out   d1 d2  c              with a chance of min(1, p / q), up to the first that is
                                          refused, here d3. c is drawn in its place, or behind the
@@ -30,13 +30,15 @@ As a library: `generate`, or `generate_stream`, which yields a `Step` at the sta
 pass.
 """
 
+import itertools
 import math
+import operator
 import os
 import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 
@@ -46,7 +48,7 @@ import torch.nn.functional as F
 from model import attention
 from util import checkpoint
 from util.data import make_tokenizer, opening, read_text, token_id
-from util.machine import autocast, choose_device, choose_dtype
+from util.machine import choose_device, decode_in, take_turns
 from util.settings import check, guarded, public, require, settings
 from util.view import other_screen, printable, show
 
@@ -56,7 +58,8 @@ prompt = ""  # text, FILE:path or -; empty: the end-of-text token, else a newlin
 num_samples = 1
 max_new_tokens = 500
 mode = "auto"  # auto: block for context="block"; gpt for a GPT or block_size=1; else verify
-drafts = 0  # D of a round of verify, 1 .. S - 1; 0: S - 1
+drafts = "auto"  # D of a round of verify, 1 .. S - 1; auto: the fastest, by times measured here, so
+# that a seed gives another text of the same distribution where another D is chosen
 temperature = 0.8  # 1: the trained distribution; 0: greedy
 top_k = 0  # only the k most probable tokens; 0: all
 top_p = 1.0  # only the most probable tokens, up to this much probability
@@ -66,7 +69,7 @@ passes = 0  # K, passes a block, but for threshold and entropy; 0: S, a token ea
 limit = 0.0  # for threshold a probability, 0 means 0.9; for entropy nats, 0 means 0.1
 seed = 1337
 device = "auto"
-dtype = "auto"  # bfloat16 on a GPU that computes in it, else float32
+dtype = "auto"  # bfloat16 where the hardware multiplies it, but for small models on a CPU: float32
 delay = 0.0  # seconds between passes
 # --------------------------------------------------------------------------------------------------
 DEFAULTS = public(dict(globals()))
@@ -163,20 +166,43 @@ def pick(p, token):  # the entries (...) of p (..., V) at tokens (...)
     return p.gather(-1, token.unsqueeze(-1)).squeeze(-1)
 
 
-def draw_jointly(model, h, left, how, u):
-    """Drafts (B, D) and the q (B, D, V) that they were drawn from: left to right, each given those
-    before it. h (B, D, C) of one pass; left (B, w), the text before, its last token first."""
-    drafts, q = [], []
-    if model.local is not None:
-        gate, up = model.local.of_states(h)
-    for i in range(h.shape[1]):
-        here = h[:, i]
+class Drafter:
+    """model.LocalHead laid out for draws one after the other. gate and up are one product, and it
+    is cut in two: what the states give is computed for all places at once; what each token gives,
+    at each of the w places to the left, is a table, unless the vocabulary is too large for one."""
+
+    def __init__(self, model):
+        self.model, local, C = model, model.local, model.config.n_embd
+        if local is None:
+            return
+        gate_up = torch.cat([local.mlp.gate_proj.weight, local.mlp.up_proj.weight])
+        self.of_states, self.of_left = gate_up[:, :C], gate_up[:, C:]
+        (V, e), w = local.embed.weight.shape, model.config.local_window
+        self.table, self.offset = None, torch.arange(w, device=gate_up.device) * V
+        if w * V * len(gate_up) <= 2**25:  # 128 MB
+            parts = self.of_left.unflatten(1, (w, e))
+            self.table = torch.einsum("ve,hwe->wvh", local.embed.weight, parts).flatten(0, 1)
+
+    def __call__(self, h, left, how, u):
+        """Drafts (B, D) and the q (B, D, V) that they were drawn from: left to right, each given
+        those before it. h (B, D, C) of one pass; left (B, w), the text before, its last token
+        first; u (B, D)."""
+        model, drafts, q = self.model, [], []
         if model.local is not None:
-            here = model.local(here, left, (gate[:, i], up[:, i]))
-        q.append(probabilities(model.logits(here), how))
-        drafts.append(draw(q[i], u[:, i]))
-        left = torch.cat([drafts[i][:, None], left[:, :-1]], dim=1)
-    return torch.stack(drafts, dim=1), torch.stack(q, dim=1)
+            states = F.linear(model.local.norm(h), self.of_states)
+        for i in range(h.shape[1]):
+            here = h[:, i]
+            if model.local is not None:
+                if self.table is None:
+                    z = F.linear(model.local.embed(left).flatten(-2), self.of_left)
+                else:
+                    z = F.embedding_bag(left + self.offset, self.table, mode="sum")
+                gate, up = (states[:, i] + z).chunk(2, dim=-1)
+                here = here + model.local.mlp.down_proj(F.silu(gate) * up)
+            q.append(probabilities(model.logits(here), how))
+            drafts.append(draw(q[i], u[:, i]))
+            left = torch.cat([drafts[i][:, None], left[:, :-1]], dim=1)
+        return torch.stack(drafts, dim=1), torch.stack(q, dim=1)
 
 
 def accept(p, q, drafts, u, u_next):
@@ -235,7 +261,7 @@ def read(model, tokens, cache, T):
     def attend(layer, q, k, v):
         keys, values = cache.k[layer], cache.v[layer]
         keys[batch, slots], values[batch, slots] = k.to(keys.dtype), v.to(keys.dtype)
-        return attention(q, keys, values, mask)
+        return attention(q, keys, values, mask).to(v.dtype)
 
     return model.trunk(tokens, slots, attend)
 
@@ -246,31 +272,31 @@ def gpt_pass(model, cache, how, left, u):
     return draw(probabilities(model.logits(h[:, 0]), how), u[:, 0])
 
 
-def verify_round(model, cache, how, left, D, u):
+def verify_round(model, drafter, cache, how, left, D, u):
     """The two passes of the picture above: (tokens (B, D + 2): t, D drafts, c; n (B,): how many
-    drafts are accepted). u (B, 2 D + 2).
+    drafts are accepted). u (B, 2 D + 2). D + 1 masks draft as well as the S of training.
     The reading pass could carry the masks of the next round as well, behind each number of drafts
     that may be accepted: one pass a round, which would pay on a GPU."""
-    block = left.new_full((len(left), model.config.block_size), model.config.mask_id)
-    h = read(model, torch.cat([left[:, :1], block], dim=1), cache, 1)
+    masks = left.new_full((len(left), D + 1), model.config.mask_id)
+    h = read(model, torch.cat([left[:, :1], masks], dim=1), cache, 1)
     cache.length.add_(1)
     t = draw(probabilities(model.logits(h[:, 0]), how), u[:, 0])
     left = torch.cat([t[:, None], left[:, :-1]], dim=1)
-    drafts, q = draw_jointly(model, h[:, 2 : D + 2], left, how, u[:, 1 : D + 1])
+    drafts, q = drafter(h[:, 2:], left, how, u[:, 1 : D + 1])
     proposed = torch.cat([t[:, None], drafts], dim=1)
     p = probabilities(model.logits(read(model, proposed, cache, D + 1)), how)  # (B, D + 1, V)
     n, c = accept(p, q, drafts, u[:, D + 1 : -1], u[:, -1])
     return torch.cat([proposed, c[:, None]], dim=1), n
 
 
-def block_pass(model, cache, how, left, text, block, choose, u):
+def block_pass(model, drafter, cache, how, left, text, block, choose, u):
     """block (B, S) with the tokens that this pass reveals. text (B, T): finished tokens that it
     reads first. choose(log_p, masked): for context="block", an unmasking rule. u (B, S)."""
     T = text.shape[1]
     h = read(model, torch.cat([text, block], dim=1), cache, T)[:, T:]
     cache.length.add_(T)
     if model.config.context == "causal":
-        return draw_jointly(model, h, left, how, u)[0]
+        return drafter(h, left, how, u)[0]
     logits, masked = model.logits(h), block == model.config.mask_id
     token = draw(probabilities(logits, how), u)
     return torch.where(choose(logits.double().log_softmax(dim=-1), masked), token, block)
@@ -290,14 +316,15 @@ class Step:
     pending: list  # of each row what may come next: drafts, or the rest of a block with its masks
     tokens: int = 0  # written
     passes: int = 0  # not counted are those that read a prompt, or a window that has moved
-    rounds: int = 0  # of verify; not counted are those in which t filled the window or ended a row
-    accepted: int = 0  # drafts in these rounds, with those behind a stop token
+    # of each round of verify that had room for all of its drafts: how many were accepted
+    accepted: list = field(default_factory=list)
 
     def __str__(self):
         said = f"{self.tokens} tokens in {self.passes} passes, "
         said += f"{self.tokens / max(1, self.passes):.2f} a pass"
-        if self.rounds:  # a drafting pass yields one token, a reading pass the others
-            said += f"; {self.rounds} rounds of 1 + {1 + self.accepted / self.rounds:.2f} tokens"
+        if self.accepted:  # a drafting pass yields one token, a reading pass the others
+            rounds = len(self.accepted)
+            said += f"; {rounds} rounds of 1 + {1 + sum(self.accepted) / rounds:.2f} tokens"
         return said
 
 
@@ -309,10 +336,10 @@ class Writer:
     def __init__(self, model, prompts, max_new_tokens, stop_token, o):
         c, B, weight = model.config, len(prompts), model.embed_tokens.weight
         device, dtype = weight.device, weight.dtype
-        # keys have the dtype of attention: autocast's, but on a CPU always that of the weights
-        if device.type != "cpu" and torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
+        if device.type == "cpu":  # attention's own dtype there
+            dtype = torch.promote_types(dtype, torch.float32)
         self.model, self.config, self.o, self.stop_token = model, c, o, stop_token
+        self.drafter = Drafter(model)
         self.how = o.temperature, o.top_k, o.top_p
         rows = [list(map(int, row)) for row in prompts]
         self.step = Step(rows, [[PROMPT] * len(row) for row in rows], [[] for _ in rows])
@@ -397,7 +424,8 @@ def write_verified(writer):
     left keeps its distribution."""
     left, room = writer.prepare(1)
     D, step, rows = writer.o.drafts, writer.step, [*writer.unfinished]
-    found = verify_round(writer.model, writer.cache, writer.how, left, D, writer.uniform(2 * D + 2))
+    found = verify_round(writer.model, writer.drafter, writer.cache, writer.how, left, D,
+                         writer.uniform(2 * D + 2))
     tokens, accepted = (x.tolist() for x in found)  # here the host waits for the device
     for r in rows:
         writer.write(r, tokens[r][:1], GPT, tokens[r][1:-1][: room[r] - 1])
@@ -405,9 +433,8 @@ def write_verified(writer):
     for r in rows:
         fits = room[r] - 1 if r in writer.unfinished else 0  # t may have ended the row
         drafts = tokens[r][1 : 1 + accepted[r]][:fits]
-        if fits > 0:
-            step.rounds += 1
-            step.accepted += len(drafts)
+        if fits >= D:
+            step.accepted.append(len(drafts))
         if len(drafts) < fits:
             writer.write(r, [*drafts, tokens[r][-1]], GPT)  # with c
         else:
@@ -433,7 +460,8 @@ def write_blocks(writer):
         count = ((block == c.mask_id).sum(dim=1) / max(1, (o.passes or S) - n)).ceil()
         u, score = writer.uniform(2 * S).chunk(2, dim=1)
         choose = partial(RULES[o.rule], count=count, limit=o.limit, score=score)
-        block = block_pass(writer.model, writer.cache, writer.how, left, text, block, choose, u)
+        block = block_pass(writer.model, writer.drafter, writer.cache, writer.how, left, text,
+                           block, choose, u)
         text = text[:, :0]  # it is cached now
         found = block.tolist()
         for r in todo:
@@ -454,7 +482,7 @@ def resolve(config, given):
     this shape cannot decode so."""
     unknown = ", ".join(given.keys() - OPTIONS)
     require(not unknown, f"unknown option {unknown}; known are {', '.join(OPTIONS)}, stop_token")
-    o = SimpleNamespace(**{name: DEFAULTS[name] for name in OPTIONS} | given)
+    o = SimpleNamespace(**{**{name: DEFAULTS[name] for name in OPTIONS}, "drafts": 0, **given})
     S, block, modes = config.block_size, config.context == "block", ["gpt", "block"]
     if block:
         modes = ["block"]
@@ -467,7 +495,7 @@ def resolve(config, given):
     adaptive = o.rule in LIMITS
     for name, used in (("drafts", o.mode == "verify"), ("rule", block), ("limit", adaptive),
                        ("passes", block and not adaptive)):
-        require(used or getattr(o, name) == DEFAULTS[name], f"{name} would be ignored in mode "
+        require(used or getattr(o, name) in (0, DEFAULTS[name]), f"{name} would be ignored in mode "
                 f"{o.mode} with context={config.context} and rule={o.rule}: leave it out")
     require(o.top_p > 0, "top_p must be above 0")
     o.drafts = o.drafts or S - 1
@@ -479,7 +507,8 @@ def resolve(config, given):
 def generate_stream(model, prompts, max_new_tokens, stop_token=None, **options):
     """Continue `prompts`, lists of at least one token id, of any lengths, by max_new_tokens tokens
     each or up to stop_token, an id. Yields a `Step` at the start and after each pass. options: the
-    settings above that are in OPTIONS. That a model was trained as a GPT (draft_weight=0) only its
+    settings above that are in OPTIONS, but drafts is a number: 0, the default, stands for S - 1,
+    and choose_drafts finds the fastest. That a model was trained as a GPT (draft_weight=0) only its
     checkpoint knows: give mode="gpt". UserError for what this model cannot do."""
     o, V = resolve(model.config, options), model.config.vocab_size
     require(len(prompts) and max_new_tokens >= 0, "give a prompt or more, and max_new_tokens >= 0")
@@ -499,12 +528,47 @@ def generate(model, prompts, max_new_tokens, stop_token=None, **options):
     return last.rows
 
 
+# ---- how many drafts -----------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def time_rounds(model, prompts, drafts, seconds=0.5, **options):
+    """{D: seconds of a round with D drafts behind these prompts, or of a pass of gpt for D = 0};
+    the rounds take turns for `seconds` in all."""
+    writer = Writer(model, prompts, 10**9, None, resolve(model.config, options))
+
+    def once(D):
+        writer.o.drafts = D
+        for _ in (write_verified if D else write_gpt)(writer):
+            pass
+
+    return take_turns({D: partial(once, D) for D in drafts}, seconds)
+
+
+def choose_drafts(model, prompts, acceptance=(), **options):
+    """(D, why): with how many drafts `verify` writes fastest on this machine, behind these prompts;
+    0 if a token a pass is faster. acceptance: mean acceptances by place (eval.Figures); if they
+    are not known, rounds are counted. options: of `generate`."""
+    S, whence = model.config.block_size, "the acceptances of its last validation"
+    chances = list(itertools.accumulate(acceptance, operator.mul))  # that the first i are accepted
+    if not chances:
+        new = S + 500 // len(prompts)
+        *_, step = generate_stream(model, prompts, new, **options | {"mode": "verify"})
+        n = torch.tensor(step.accepted)
+        chances = [((n >= i).sum() / max(1, len(n))).item() for i in range(1, S)]
+        whence = f"{len(n)} rounds written for it, as it was not validated"
+    few = [D for D in (1, 3, 7, 15, 31) if D < S - 1] + [S - 1]
+    taken = time_rounds(model, prompts, [0, *few], **options)
+    gain = {D: (2 + sum(chances[:D])) * taken[0] / taken[D] for D in few}
+    best = max(gain, key=gain.get)
+    said = ", ".join(f"{D}: {x:.2f}" for D, x in gain.items())
+    said += f" times the speed of gpt, by rounds timed just now and {whence}"
+    if gain[best] < 1.1:
+        return 0, f"drafts     none, for they would not pay ({said})"
+    return best, f"drafts     {best} a round ({said})"
+
+
 # ---- the command ---------------------------------------------------------------------------------
-
-
-def decoding_dtype(name, device):
-    """The dtype that a setting stands for. On a CPU bfloat16 makes a small model no faster."""
-    return "float32" if (name, device) == ("auto", "cpu") else choose_dtype(name, device)[0]
 
 
 @guarded
@@ -516,21 +580,29 @@ def main(argv):
     if state["settings"]["draft_weight"] == 0:
         check(s, {"mode": ("auto", "gpt")})  # a GPT: it cannot draft
         s.mode = "gpt"
-    s.dtype = decoding_dtype(s.dtype, device)
+    s.dtype = decode_in(s.dtype, model)
     tokenizer, text = make_tokenizer(state["meta"]), s.prompt
     if text == "-" or text.startswith("FILE:"):
         text = read_text(text.removeprefix("FILE:"))
     prompt = tokenizer.encode(text).tolist() or opening(tokenizer)
     stop_token = token_id(tokenizer, s.stop) if s.stop else None
-    stream = generate_stream(model, [prompt] * s.num_samples, s.max_new_tokens, stop_token,
-                             **{name: getattr(s, name) for name in OPTIONS})
+    prompts, options = [prompt] * s.num_samples, {name: getattr(s, name) for name in OPTIONS}
+    require(s.drafts == "auto" or (s.drafts.isdecimal() and int(s.drafts)),
+            f"--drafts must be auto or a number from 1 on, not {s.drafts!r}")
+    options["drafts"] = 0 if s.drafts == "auto" else int(s.drafts)
+    if s.drafts == "auto" and resolve(model.config, options).mode == "verify":
+        acceptance = (state["final"] or state["figures"] or {}).get("acceptance", [])
+        options["drafts"], why = choose_drafts(model, prompts, acceptance, **options)
+        options["mode"] = "verify" if options["drafts"] else "gpt"
+        print(why, file=sys.stderr)
+    stream = generate_stream(model, prompts, s.max_new_tokens, stop_token, **options)
     terminal = sys.stdout.isatty()
     plain = os.environ.get("TERM", "") in ("", "dumb") or os.environ.get("NO_COLOR")
     live = terminal and not plain
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that other_screen is left
     step, seconds, code = None, 0.0, 0
     try:
-        with other_screen() if live else nullcontext(), autocast(device, s.dtype):
+        with other_screen() if live else nullcontext():
             began = time.perf_counter()
             for step in stream:
                 seconds += time.perf_counter() - began

@@ -1,5 +1,6 @@
 """The machine: device, dtype, the processes of torchrun, and signals."""
 
+import itertools
 import os
 import shlex
 import signal
@@ -7,6 +8,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -48,6 +50,32 @@ def autocast(device, dtype):
     """The context that computes in dtype; weights stay float32."""
     on = dtype == "bfloat16"
     return torch.autocast(device.partition(":")[0], torch.bfloat16, enabled=on)
+
+
+def decode_in(name, model):
+    """The dtype that a setting stands for; the weights are converted to it. Norms of q and k stay
+    in float32, as in training. On a CPU a small model is faster in float32."""
+    device, size = model.cos.device.type, sum(p.numel() for p in model.parameters())
+    small = name == "auto" and device == "cpu" and size < 5e6
+    dtype = "float32" if small else choose_dtype(name, device)[0]
+    for name, p in model.named_parameters():
+        if name.split(".")[-2] not in ("q_norm", "k_norm"):
+            p.data = p.data.to(getattr(torch, dtype))
+    return dtype
+
+
+def take_turns(calls, seconds=0.5):
+    """{name: median seconds of a call} of `calls`, {name: function}. They take turns for so long,
+    two turns at least, of four calls: the first of each finds the others' data in the caches."""
+    taken, turns, began = {name: [] for name in calls}, 0, time.perf_counter()
+    while turns < 2 or time.perf_counter() < began + seconds:
+        turns += 1
+        for (name, call), i in itertools.product(calls.items(), range(4)):
+            start = time.perf_counter()
+            call()
+            if i:
+                taken[name].append(time.perf_counter() - start)
+    return {name: median(times) for name, times in taken.items()}
 
 
 def peak_flops(device, dtype):
