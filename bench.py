@@ -201,8 +201,8 @@ def bench_rounds(argv):
     s, _ = settings(ROUNDS, argv)
     check(s, {"dtype": ("auto", "float32", "bfloat16")}, {"seconds": 0.1}, {"seconds": 3600})
     drafts, device = [D for D in numbers(s, "drafts") if D], machine.choose_device(s.device)
-    print("A round of D drafts in passes of the GPT, and behind / how many tokens a round break even\n"
-          "(those of its reading pass). Random weights: only costs.\n"
+    print("A round of D drafts in passes of the GPT, and behind / with how many tokens\n"
+          "a round, those of its reading pass, `verify` is as fast. Random weights: only costs.\n"
           f"size  parameters  dtype     batch  ms of gpt  {'':2s}"
           + "".join(f"{f'D = {D}':13s}" for D in drafts))
     for size in s.sizes.split(","):

@@ -532,9 +532,9 @@ def generate(model, prompts, max_new_tokens, stop_token=None, **options):
 
 
 @torch.inference_mode()
-def time_rounds(model, prompts, drafts, seconds=0.5, **options):
-    """{D: seconds of a round with D drafts behind these prompts, or of a pass of gpt for D = 0};
-    the rounds take turns for `seconds` in all."""
+def time_rounds(model, prompts, counts, seconds=0.5, **options):
+    """{D: seconds of a round with D drafts behind these prompts, or of a pass of gpt for D = 0} for
+    D in `counts`; the rounds take turns for `seconds` in all."""
     writer = Writer(model, prompts, 10**9, None, resolve(model.config, options))
 
     def once(D):
@@ -542,7 +542,7 @@ def time_rounds(model, prompts, drafts, seconds=0.5, **options):
         for _ in (write_verified if D else write_gpt)(writer):
             pass
 
-    return take_turns({D: partial(once, D) for D in drafts}, seconds)
+    return take_turns({D: partial(once, D) for D in counts}, seconds)
 
 
 def choose_drafts(model, prompts, acceptance=(), **options):

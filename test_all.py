@@ -304,7 +304,7 @@ def test_compiles_whole():
             cache.length.copy_(torch.tensor([3, 6]))
             with torch.no_grad():
                 drafter = [] if call is sample.gpt_pass else [sample.Drafter(net)]
-                found.append(run(net, *drafter, cache, *args))
+                found.append(run(net, *drafter, cache, how, *args))
         torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
@@ -1081,9 +1081,9 @@ def test_decoding_greedy():
             assert step.rows == want, (shape, drafts)
             assert sample.generate(drafter, PROMPTS[2:3], 150, **how) == want[2:3], shape
             kinds = Counter(itertools.chain(*step.kinds))
-            assert 0 < sum(step.accepted) <= kinds[sample.DRAFT] and step.passes < 750 == step.tokens
+            assert 0 < sum(step.accepted) <= kinds[sample.DRAFT] and step.tokens == 750
             c = kinds[sample.GPT] - step.passes / 2  # each round writes t, and this many c
-            assert 0 <= c <= step.passes / 2 and len(step.accepted) <= step.passes / 2
+            assert 0 <= c <= step.passes / 2 >= len(step.accepted)
             passes.append(step.passes)
     assert passes[0] != passes[1]
     return f"18 times 750 tokens, at first in {passes[0]} passes, by a wrong drafter {passes[1]}"
