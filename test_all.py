@@ -1255,6 +1255,27 @@ def test_decoding_rounds():
     return within(off, 3.5, f"{worst.within(5e-6)}; {len(excess)} rounds, standard errors off")
 
 
+@torch.no_grad()
+def test_decoding_choice():
+    """D is the fastest by the times of rounds and the acceptances; none where rounds are slow; an
+    unvalidated model has its rounds counted. The local head's table changes no draft."""
+    net = tiny_model(block_size=8, seq_len=24, n_layer=1)
+    for slow, want in ({0: 1, 1: 1.1, 3: 1.2, 7: 9}, 3), ({0: 1, 1: 3, 3: 3, 7: 3.1}, 7), (
+            {0: 1, 1: 9, 3: 9, 7: 20}, 0):
+        with patch.object(sample, "time_rounds", return_value=slow):
+            D, why = sample.choose_drafts(net, [[1]], [0.9] * 7)
+            assert D == want and "last validation" in why, (D, why)
+    D, why = sample.choose_drafts(net, [[1]] * 2, temperature=1.0)
+    assert D in (0, 1, 3, 7) and "rounds written for it" in why
+    drafter, h, u = sample.Drafter(net), torch.randn(2, 7, 32), torch.rand(2, 7).double()
+    left, found = torch.tensor([[3] * 9, [1] * 9])[:, : net.config.local_window], []
+    for _ in range(2):
+        found.append(drafter(h, left, (1.0, 0, 1.0), u))
+        assert (drafter.table is None) == (len(found) == 2)
+        drafter.table = None
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)
+
+
 def test_decoding_ends():
     """A stop token ends its row, is left out, and counts in no prompt; [MASK] is never written,
     however hot; passes are those of the network; a seed repeats a text; a model in bfloat16."""

@@ -1,6 +1,11 @@
 """14M parameters on the complete Shakespeare: large enough that its speed means something.
 
     python train.py config/small.py
+
+1,650 steps of 4,096 characters in 74 minutes on two shared cores of an Intel Xeon, bfloat16, torch
+2.13.0, seed 1337, one run (other work paused it for about 5 of them): GPT level 1.356 +- 0.009 nats
+a character, draft NLL 1.424, an estimated 6.29 tokens a round; the nano's 5-gram has 1.605. On a
+GPU: not measured yet.
 """
 
 # train.py's defaults are its shape: 6 layers of 384, blocks of 16 in 256 characters
