@@ -17,10 +17,10 @@ scored, so that every model has some context, and every block size is scored on 
 tokens a round: an estimate, at temperature 1, of what the reading pass of a round writes (its
 drafting pass writes one token more): 1 + a_1 + a_1 a_2 + ..., if draft i is accepted with a chance
 of a_i, the mean over the text of sum_x min(p(x), q(x)) for the GPT level's p and the draft's q.
-Draft i stands at place i + 1 of a block. Below stands what the sampler wrote in rounds with room
-for all drafts. It differs by a few per cent: rounds end, and begin anew, where text is hard, while the
-estimate takes the places as independent. Of the n-gram: if it were the drafter. +- is a standard
-error over windows, taken as independent. The model computes in float32.
+Draft i stands at place i + 1 of a block. Below is what the sampler wrote in rounds with room
+for all drafts. It differs by a few per cent: rounds end, and begin anew, where text is hard, while
+the estimate takes the places as independent. Of the n-gram: if it were the drafter. +- is a
+standard error over windows, taken as independent. The model computes in float32.
 """
 
 import math

@@ -890,7 +890,7 @@ def test_configs(folder):
     rules = [f"{rule}, K = {K}" for rule in ("left_to_right", "confidence") for K in (1, 2, 8)]
     kinds = {"ar.py": ("1 gpt\n", ["GPT level"]),
              "bd3lm.py": ("1 bound\n", ["bound", *rules, "threshold", "entropy"])}
-    cascade = "1 gpt + 1 draft\n", ["GPT level", "draft: one pass a block"]
+    cascade = "1 gpt + 1 draft\n", ["GPT level", "draft: one pass a block", "  as the sampler"]
     tiny_data(folder, "To be, or not to be. " * 40)
     how = {"seq_len": 64, "max_steps": 2, "max_minutes": 0, "eval_windows": 2, "overwrite": True}
     argv = [arg for arg in flags(folder, **how) if not arg.startswith("--block_size")]
