@@ -51,7 +51,7 @@ AR = {"context": "causal", "draft_weight": 0.0, "block_size": 1, "local_window":
 
 
 def numbers(s, name):
-    """A setting such as 1,4,16 as a list of integers."""
+    """A setting such as 1,4,16 as a list of integers above 0."""
     words = getattr(s, name).split(",")
     require(all(word.isdecimal() and int(word) for word in words),
             f"--{name} must be like 1,4,16, not {getattr(s, name)!r}")
@@ -200,7 +200,8 @@ def bench_decode(argv):
 def bench_rounds(argv):
     s, _ = settings(ROUNDS, argv)
     check(s, {"dtype": ("auto", "float32", "bfloat16")}, {"seconds": 0.1}, {"seconds": 3600})
-    drafts, device = [D for D in numbers(s, "drafts") if D], machine.choose_device(s.device)
+    drafts, device = numbers(s, "drafts"), machine.choose_device(s.device)
+    require(max(drafts) < 16, "--drafts must be below 16, the block size of these models")
     print("A round of D drafts in passes of the GPT, and behind / with how many tokens\n"
           "a round, those of its reading pass, `verify` is as fast. Random weights: only costs.\n"
           f"size  parameters  dtype     batch  ms of gpt  {'':2s}"

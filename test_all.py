@@ -50,7 +50,7 @@ from corrupt import SCHEDULES, WEIGHTINGS, Rates, masked_diffusion_loss
 from corrupt import corrupt_all_blocks as all_blocks
 from corrupt import corrupt_target_block as target_block
 from model import CascadeConfig, CascadeLM, NLLs, attention, clean_sees, noisy_sees
-from util import checkpoint, data, hf, settings
+from util import checkpoint, data, hf, machine, settings
 from util.muon import Muon
 from util.ngram import NGram
 from util.view import DIM, END, GREEN, YELLOW, other_screen, show
@@ -668,6 +668,7 @@ def test_bench_and_tools(folder):
     for argv, rows in (
         (["train", *flags(folder, rounds=1, steps=1)], ["this run", "as a GPT"]),
         (["memory", *flags(folder), "--lengths=16,32"], ["    16", "    32"]),
+        (["rounds", "--sizes=nano", "--batches=1,2", "--seconds=0.1"], ["nano "] * 2),
         (["decode", f"--out_dir={folder}/run", "--batches=2", *decode],
          ["    2  gpt", "    2  verify", "    2  block"]),
         (["decode", f"--out_dir={folder}/block", "--batches=1", *decode],
@@ -1193,6 +1194,7 @@ def test_decoding_distribution():
     worst, runs = 0.0, 0
     for logits_at, prompt, ways, decoders in (
         (of_gpt, [1, 2, 0, 1, 2], [range(5, 10)], [(causal, {"mode": "gpt"}), (causal, {}),
+                                                   (causal, {"drafts": 1}),
                                                    (wrong_drafter(causal), {})]),
         (of_block, [1, 2, 0], orders[:1], [(causal, {"mode": "block"})]),
         (of_block, [1, 2, 0], orders[:1], [(block, {"rule": "left_to_right"})]),
@@ -1223,26 +1225,27 @@ def test_decoding_distribution():
 
 @torch.no_grad()
 def test_decoding_rounds():
-    """In the rounds of verify the draft distributions are training's, place by place, by the
-    oracle; and the mean of sum_i prod_{j <= i} min(1, p_j / q_j) is that of accepted drafts."""
+    """In the rounds of verify the draft distributions are those of D + 1 masks, and with D = S - 1
+    training's, place by place, by the oracle; and the mean of sum_i prod_{j <= i} min(1, p_j / q_j) is that of accepted drafts."""
     worst, excess = Worst(), []
-    for shape in ({"block_size": 3}, {"block_size": 5, "local_window": 7}, {"local_window": 0}):
+    for D, shape in ((2, {"block_size": 3}), (4, {"block_size": 5, "local_window": 7}),
+                     (2, {"block_size": 5}), (2, {"local_window": 0})):
         net = tiny_model(n_layer=1, n_head=1, vocab_size=5, **shape)
-        c, state, S = net.config, net.state_dict(), net.config.block_size
+        c, state = net.config, net.state_dict()
         with patch.object(sample, "accept", wraps=sample.accept) as accept:
-            stream = sample.generate_stream(net, [[1], [2, 3]] * 10, 30, temperature=1.0)
+            stream = sample.generate_stream(net, [[1], [2, 3]] * 10, 30, temperature=1.0, drafts=D)
             next(stream)
             for step in stream:  # after a drafting pass
                 drafted = copy.deepcopy([*zip(step.rows, step.pending, strict=True)])
                 next(stream)  # after the reading pass
-                _, q, *_ = accept.call_args.args  # (B, S - 1, V)
+                _, q, *_ = accept.call_args.args  # (B, D, V)
                 for r, (row, drafts) in enumerate(drafted):
-                    if len(drafts) < S - 1:
+                    if len(drafts) < D:
                         continue  # near the goal or the end of a window
                     begin, _ = window_of(row[:-1], c.seq_len)
                     text, lo = row[begin:] + drafts, len(row) - 1 - begin
                     p = reference.reference_logits(state, c, torch.tensor([text]))[0].softmax(-1)
-                    h = slow_states(net, text[:lo] + [c.mask_id] * S, lo)
+                    h = slow_states(net, text[:lo] + [c.mask_id] * (D + 1), lo)
                     chance, expected = 1.0, 0.0
                     for i, draft in enumerate(drafts, lo + 1):
                         want = slow_log_q(net, h, text, i).exp()
@@ -1297,7 +1300,12 @@ def test_decoding_ends():
             assert step.passes == trunk.call_count, (mode, count)
     rows = [sample.generate(net, [[1]], 30, seed=seed) for seed in (1, 1, 2)]
     assert rows[0] == rows[1] != rows[2], "the seed"
-    assert len(sample.generate(tiny_model().bfloat16(), [[1]], 20)[0]) == 21
+    assert machine.decode_in("bfloat16", net) == "bfloat16"
+    kinds = {name.split(".")[-2]: p.dtype for name, p in net.named_parameters()}
+    assert kinds["q_norm"] == torch.float32 and kinds["q_proj"] == torch.bfloat16
+    for mode in ("gpt", "verify", "block"):
+        assert len(sample.generate(net, [[1]], 20, mode=mode)[0]) == 21
+    assert machine.decode_in("auto", tiny_model()) == "float32" or torch.cuda.is_available()
 
 
 def test_sample_command(folder):

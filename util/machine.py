@@ -58,8 +58,8 @@ def decode_in(name, model):
     device, size = model.cos.device.type, sum(p.numel() for p in model.parameters())
     small = name == "auto" and device == "cpu" and size < 5e6
     dtype = "float32" if small else choose_dtype(name, device)[0]
-    for name, p in model.named_parameters():
-        if name.split(".")[-2] not in ("q_norm", "k_norm"):
+    for path, p in model.named_parameters():
+        if path.split(".")[-2] not in ("q_norm", "k_norm"):
             p.data = p.data.to(getattr(torch, dtype))
     return dtype
 
