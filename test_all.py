@@ -1226,7 +1226,8 @@ def test_decoding_distribution():
 @torch.no_grad()
 def test_decoding_rounds():
     """In the rounds of verify the draft distributions are those of D + 1 masks, and with D = S - 1
-    training's, place by place, by the oracle; and the mean of sum_i prod_{j <= i} min(1, p_j / q_j) is that of accepted drafts."""
+    training's, place by place, by the oracle; and the mean of sum_i prod_{j <= i} min(1, p_j / q_j)
+    is that of accepted drafts."""
     worst, excess = Worst(), []
     for D, shape in ((2, {"block_size": 3}), (4, {"block_size": 5, "local_window": 7}),
                      (2, {"block_size": 5}), (2, {"local_window": 0})):
