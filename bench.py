@@ -202,12 +202,13 @@ def bench_rounds(argv):
     check(s, {"dtype": ("auto", "float32", "bfloat16")}, {"seconds": 0.1}, {"seconds": 3600})
     drafts, device = numbers(s, "drafts"), machine.choose_device(s.device)
     require(max(drafts) < 16, "--drafts must be below 16, the block size of these models")
+    unknown = set(s.sizes.split(",")) - SHAPES.keys()
+    require(not unknown, f"--sizes must be of {','.join(SHAPES)}, not {','.join(unknown)}")
     print("A round of D drafts in passes of the GPT, and behind / with how many tokens\n"
           "a round, those of its reading pass, `verify` is as fast. Random weights: only costs.\n"
           f"size  parameters  dtype     batch  ms of gpt  {'':2s}"
           + "".join(f"{f'D = {D}':13s}" for D in drafts))
     for size in s.sizes.split(","):
-        require(size in SHAPES, f"--sizes must be of {', '.join(SHAPES)}, not {size!r}")
         model = CascadeLM(CascadeConfig(**SHAPES[size])).to(device).eval()
         dtype = machine.decode_in(s.dtype, model)
         for batch in numbers(s, "batches"):
