@@ -33,11 +33,12 @@ import torch.nn.functional as F
 
 from corrupt import corrupt_all_blocks
 from model import at_least_float32, left_tokens
-from sample import RULES, generate_stream
+from sample import generate_stream
 from util import checkpoint
 from util.data import Dataset
 from util.machine import choose_device
 from util.ngram import NGram
+from util.rules import RULES
 from util.settings import check, guarded, public, require, settings
 
 # ---- settings ------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ from model import CascadeConfig, CascadeLM, NLLs, attention, clean_sees, noisy_s
 from util import checkpoint, data, hf, machine, settings
 from util.muon import Muon
 from util.ngram import NGram
+from util.rules import left_to_right
 from util.view import DIM, END, GREEN, YELLOW, other_screen, show
 
 HERE = Path(__file__).resolve().parent
@@ -292,7 +293,7 @@ def test_compiles_whole():
         torch.testing.assert_close(compiled(net)(*batch), net(*batch), rtol=0, atol=0)
     left = torch.tensor([[3, 2], [4, 11]])
     u = torch.rand(2, 6, generator=generator(), dtype=torch.float64)
-    choose = partial(sample.left_to_right, count=torch.ones(2), limit=0, score=None)
+    choose = partial(left_to_right, count=torch.ones(2), limit=0, score=None)
     for call, net, args in (
         (sample.gpt_pass, causal, (left, u)),
         (sample.verify_round, causal, (left, 2, u)),
