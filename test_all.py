@@ -486,12 +486,12 @@ def test_settings(folder):
     import and have names of its own; ~ is the home folder."""
     defaults = {"steps": 10, "rate": 0.1, "on": False, "name": "x"}
     config = Path(folder, "c.py")
-    config.write_text("\ufeffimport math\n_n = int(math.pi) + 1\nsteps = _n * 5\nrate = 1\n")
+    config.write_text("\ufeffimport math\n_n = int(math.pi) + 1\nsteps = _n * 5\nrate = 1\nname = 7\n")
     for argv, want in (
         (["--steps=1e3"], {"steps": 1000}), (["--rate=1"], {"rate": 1.0}),
         (["--steps=12345678901234567"], {"steps": 12345678901234567}), (["--on=0"], {"on": False}),
         (["--on=TRUE"], {"on": True}), (["--name=~/a=b"], {"name": os.path.expanduser("~/a=b")}),
-        (["--steps=1", str(config), "--rate=2"], {"steps": 20, "rate": 2.0}),
+        (["--steps=1", str(config), "--rate=2"], {"steps": 20, "rate": 2.0, "name": "7"}),
     ):
         found, given = settings.settings(defaults, argv)
         assert vars(found) == defaults | want and given == want.keys(), (argv, found)
@@ -502,7 +502,7 @@ def test_settings(folder):
         ("did you mean steps", "--step=1"), ("--key=value", "--on"), ("no config file", "no.py"),
     ):
         wrong(word, argv=[arg])
-    for word, text in (("ZeroDivision", "1/0"), ("str", "name = 3"), ("unknown", "stps = 1")):
+    for word, text in (("ZeroDivision", "1/0"), ("str", "name = 3.5"), ("unknown", "stps = 1")):
         config.write_text(text)
         wrong(word, argv=[str(config)])
     refuses("pip install nothing", settings.optional, package="nothing.at.all")

@@ -3,8 +3,8 @@
 A script's settings are plain variables. `python train.py config/nano.py --seed=1` takes what the
 config file assigns, then what --key=value assigns; the last one wins. A config file is Python that
 assigns settings; it may import, and use names that begin with _. Values have the type of the
-default: an int may be written 1e3, a float 1, a bool true, false, 1 or 0 in any case, and ~/ at
-the beginning of a text is the home folder.
+default: an int may be written 1e3, a float 1, a bool true, false, 1 or 0 in any case, a text such
+as "auto" also 7 or True, and ~/ at the beginning of a text is the home folder.
 """
 
 import difflib
@@ -41,7 +41,7 @@ def public(namespace):
 def typed(name, value, default, where):
     """`value`, text or not, in the type of `default`; UserError if it cannot be converted."""
     kind, text = type(default), str(value)
-    if kind is str and isinstance(value, (str, bool)):  # compile = True, where "auto" is default
+    if kind is str and isinstance(value, (str, int)):  # drafts = 7 or compile = True
         return os.path.expanduser(text) if text.startswith("~/") else text
     if kind is bool and text.lower() in BOOL:
         return BOOL[text.lower()]
