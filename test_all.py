@@ -486,7 +486,8 @@ def test_settings(folder):
     import and have names of its own; ~ is the home folder."""
     defaults = {"steps": 10, "rate": 0.1, "on": False, "name": "x"}
     config = Path(folder, "c.py")
-    config.write_text("\ufeffimport math\n_n = int(math.pi) + 1\nsteps = _n * 5\nrate = 1\nname = 7\n")
+    config.write_text("\ufeffimport math\n_n = int(math.pi) + 1\nsteps = _n * 5\n"
+                      "rate = 1\nname = 7\n")
     for argv, want in (
         (["--steps=1e3"], {"steps": 1000}), (["--rate=1"], {"rate": 1.0}),
         (["--steps=12345678901234567"], {"steps": 12345678901234567}), (["--on=0"], {"on": False}),
