@@ -206,7 +206,7 @@ def bench_rounds(argv):
     require(not unknown, f"--sizes must be of {','.join(SHAPES)}, not {','.join(unknown)}")
     print("A round of D drafts in passes of the GPT, and behind / with how many tokens\n"
           "a round, those of its reading pass, `verify` is as fast. Random weights: only costs.\n"
-          f"size  parameters  dtype     batch  ms of gpt  {'':2s}"
+          "size  parameters  dtype     batch  ms of gpt    "
           + "".join(f"{f'D = {D}':13s}" for D in drafts))
     for size in s.sizes.split(","):
         model = CascadeLM(CascadeConfig(**SHAPES[size])).to(device).eval()

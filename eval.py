@@ -208,13 +208,15 @@ def score_ngram(model, control, x0, batch=16):
 
 
 def written_rounds(model, x0):
-    """(mean, standard error) of the tokens that the reading pass of a round writes, with all S - 1
-    drafts, at temperature 1, behind the first quarter of each window of x0 (W, N)."""
+    """(mean, standard error or, if there is one round, None) of the tokens that the reading pass of
+    a round writes, with all S - 1 drafts, at temperature 1, behind the first quarter of each window
+    of x0 (W, N)."""
     N = x0.shape[1]
     *_, step = generate_stream(model, x0[:, : N // 4].tolist(), N - N // 4, mode="verify",
                                temperature=1.0)
     found = 1 + torch.tensor(step.accepted).double()
-    return found.mean().item(), found.std().item() / math.sqrt(max(1, len(found)))
+    error = found.std().item() / math.sqrt(len(found)) if len(found) > 1 else None
+    return found.mean().item(), error
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -257,7 +259,8 @@ def main(argv):
         print(line, flush=True)
     if figures.acceptance and s.texts:
         mean, error = written_rounds(model, cut_windows(text, c.seq_len, s.texts))
-        print(f"{'  as the sampler writes':65s} {mean:9.2f} +- {error:.2f}", flush=True)
+        said = "in one round" if error is None else f"+- {error:.2f}"
+        print(f"{'  as the sampler writes':65s} {mean:9.2f} {said}", flush=True)
     if c.context == "block":
         few = cut_windows(text, c.seq_len, s.rule_windows).to(model.cos.device)
         rows = [(rule, K, 0.0) for rule in ("left_to_right", "confidence") for K in (1, 2, S)]

@@ -65,7 +65,7 @@ temperature = 0.8  # 1: the trained distribution; 0: greedy
 top_k = 0  # only the k most probable tokens; 0: all
 top_p = 1.0  # only the most probable tokens, up to this much probability
 stop = ""  # a token that ends a sample: text, \n, or a name such as <|endoftext|>
-rule = "confidence"  # for context="block": or random, left_to_right, threshold, entropy
+rule = "confidence"  # of util/rules.py; or random, left_to_right, threshold, entropy
 passes = 0  # K, passes a block, but for threshold and entropy; 0: S, a token each
 limit = 0.0  # for threshold a probability, 0 means 0.9; for entropy nats, 0 means 0.1
 seed = 1337
@@ -430,6 +430,7 @@ def resolve(config, given):
     unknown = ", ".join(given.keys() - OPTIONS)
     require(not unknown, f"unknown option {unknown}; known are {', '.join(OPTIONS)}, stop_token")
     o = SimpleNamespace(**{**{name: DEFAULTS[name] for name in OPTIONS}, "drafts": 0, **given})
+    require(o.drafts != "auto", "drafts is a number here: choose_drafts finds the fastest")
     S, block, modes = config.block_size, config.context == "block", ["gpt", "block"]
     if block:
         modes = ["block"]

@@ -772,6 +772,9 @@ def test_evaluate():
     ar = eval.evaluate(tiny_model(seq_len=16, block_size=4, local_window=0), x0, ar=True)
     assert ar.nll.keys() == {"gpt"} and ar.acceptance == []
     assert eval.tokens_a_round([0.5, 0.5, 0.2]) == 1 + 0.5 + 0.25 + 0.05
+    uniform = CascadeLM(CascadeConfig(7, 16, 4, n_layer=1))  # all levels alike: drafts are accepted
+    assert eval.written_rounds(uniform, x0) == (4.0, 0.0)
+    assert eval.written_rounds(uniform, x0[:1, :8]) == (4.0, None)  # a round of 5, one of 1
     return worst.within(5e-6)
 
 
@@ -941,7 +944,7 @@ def test_refusals():
         ("top_p", net, {"top_p": 1.5}), ("above 0", net, {"top_p": 0.0}),
         ("passes", net, {"mode": "block", "passes": 2}), ("rule", net, {"rule": "random"}),
         ("passes", block, {"rule": "entropy", "passes": 2}), ("limit", block, {"limit": 0.5}),
-        ("unknown option tau", net, {"tau": 1}),
+        ("unknown option tau", net, {"tau": 1}), ("number", net, {"drafts": "auto"}),
     ):
         refuses(word, partial(sample.generate, model_, [[1]], 3), **how)
     for prompts, count in (([[]], 3), ([], 3), ([[5]], 3), ([[-1]], 3), ([[1]], -1)):
