@@ -38,7 +38,7 @@ from util import checkpoint
 from util.data import Dataset
 from util.machine import choose_device
 from util.ngram import NGram
-from util.rules import RULES
+from util.rules import LIMITS, RULES
 from util.settings import check, guarded, public, require, settings
 
 # ---- settings ------------------------------------------------------------------------------------
@@ -264,7 +264,8 @@ def main(argv):
     if c.context == "block":
         few = cut_windows(text, c.seq_len, s.rule_windows).to(model.cos.device)
         rows = [(rule, K, 0.0) for rule in ("left_to_right", "confidence") for K in (1, 2, S)]
-        for rule, K, limit in [*rows, ("threshold", 1, 0.9), ("entropy", 1, 0.1)]:
+        rows += [(rule, 1, limit) for rule, limit in LIMITS.items()]
+        for rule, K, limit in rows:
             found = [replay(model, x, rule, K, limit) for x in few.split(s.batch)]
             nll, passes = (torch.cat(x).cpu() for x in zip(*found, strict=True))
             name = f"{rule}, K = {passes.double().mean():.3g}"

@@ -1117,6 +1117,8 @@ def test_decoding_blocks():
                 row += new[len(row) - end :][: min(goal, begin + 12) - len(row)]
         found = sample.generate(net, PROMPTS, 26, mode="block", temperature=0, **how)
         assert found == want, (c.context, how)
+    for rule, limit in ("threshold", 0.9), ("entropy", 0.1):  # if none is given, as the help has it
+        assert sample.resolve(block.config, {"rule": rule}).limit == limit, rule
 
 
 @torch.no_grad()
